@@ -1,0 +1,78 @@
+# Every command of this repository. `make` alone prints them.
+# A target that needs packages sets them up first, once, in .venv.
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+LESSONS := $(basename $(notdir $(wildcard plain/*.py)))
+# uv must take the Python of this machine, never fetch one of its own.
+export UV_PYTHON_DOWNLOADS := never
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-slow lint format lock clean FORCE
+
+help: ## print these lines
+	@echo "usage: make TARGET [ARGS=\"--max-epochs 5\"]"
+	@awk -F ':.*## ' -v lessons="$(LESSONS)" ' \
+		/^[a-z%-]+:.*## / { \
+			if ($$1 !~ /%/) { printf "  make %-18s %s\n", $$1, $$2; next } \
+			n = split(lessons, names, " "); \
+			for (i = 1; i <= n; i++) { \
+				target = $$1; text = $$2; gsub(/%/, names[i], target); gsub(/NAME/, names[i], text); \
+				printf "  make %-18s %s\n", target, text } }' Makefile
+
+plain-%: .venv/ready FORCE ## train NAME with the loop written by hand; ARGS="--help" lists its options
+	@$(BIN)/python plain/$*.py $(ARGS)
+
+lightning-%: .venv/ready FORCE ## train NAME with Lightning's Trainer; the same options
+	@$(BIN)/python lightning/$*.py $(ARGS)
+
+parity-%: .venv/ready FORCE ## prove that both sides of NAME do the same; the same options
+	@$(BIN)/python -m common.parity $* $(ARGS)
+
+diff-%: .venv/ready FORCE ## show both sides of NAME side by side; ARGS="--no-comments" leaves out the lesson
+	@$(BIN)/python -m common.sidebyside $* $(ARGS)
+
+test: .venv/ready ## run the tests (without network; with the real images where DATA_DIR names them)
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: .venv/ready ## run also the tests that take long
+	@$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+lint: .venv/ready ## check format, rules and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: .venv/ready ## put the code into ruff's format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+lock: .venv/ready ## write requirements.lock anew from pyproject.toml, for every platform
+	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --all-extras --upgrade \
+		--python-version 3.11 --custom-compile-command "make lock" \
+		--output-file requirements.lock pyproject.toml
+
+setup: .venv/ready ## set up .venv; the others do it by themselves
+
+clean: ## remove .venv and what the tools left; runs/ and data/ stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+# `ready` is written last, so that an interrupted set-up begins again.
+.venv/ready: requirements.lock
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "error: there is no '$(PYTHON)' on this machine; install Python 3.11 to 3.15, or name one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 16))' || { \
+		echo "error: '$(PYTHON)' is $$($(PYTHON) -V 2>&1), but PyTorch and this code need 3.11 to 3.15; install one of these, or name it: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@command -v uv >/dev/null || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: '$(PYTHON)' lacks its modules venv and ensurepip; install them (Debian, Ubuntu: apt install python3-venv)." >&2; exit 2; }
+	@echo "Setting up .venv, once. It takes some minutes, and on Linux 6 GB for PyTorch with CUDA."
+	@rm -rf .venv
+# Without uv on the path, pip fetches the one that the lock names, by its hash.
+	@if command -v uv >/dev/null; then uv venv --quiet --python $(PYTHON) .venv; else \
+		$(PYTHON) -m venv .venv && sed -n '/^uv==/,/# via/p' requirements.lock >.venv/uv.txt && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.txt; fi
+	@uv=$$(command -v uv || echo $(BIN)/uv) && \
+		$$uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock && \
+		$$uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,101 @@
+"""The pictures of a run, drawn with matplotlib from what the run measured."""
+
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from common.data import Data, Images
+
+SHOWN = 32  # images in a grid, eight in a row
+
+
+def draw(model: nn.Module, data: Data, result: dict[str, Any]) -> dict[str, Figure]:
+    """Return file names and pictures: samples, curves, confusion matrix and predictions."""
+    return {
+        "samples.png": _samples(data),
+        "curves.png": _curves(result),
+        "confusion.png": _confusion(data, result),
+        "predictions.png": _predictions(model, data, result),
+    }
+
+
+def _grid(images: Images, titles: list[str], colors: list[str], heading: str) -> Figure:
+    """Draw images in rows of eight, each with its title."""
+    rows = -(-len(titles) // 8)
+    figure = Figure(figsize=(9, 1.45 * rows + 0.6), layout="constrained")
+    figure.suptitle(heading)
+    axes = figure.subplots(rows, 8, squeeze=False).flat
+    for axis in axes:
+        axis.axis("off")
+    for axis, image, title, color in zip(axes, images.images, titles, colors, strict=False):
+        axis.imshow(image.permute(1, 2, 0))
+        axis.set_title(title, fontsize=7, color=color)
+    return figure
+
+
+def _samples(data: Data) -> Figure:
+    titles = [data.classes[label] for label in data.train.labels[:SHOWN].tolist()]
+    return _grid(data.train, titles, ["black"] * SHOWN, f"{data.name}: images to train on")
+
+
+def _curves(result: dict[str, Any]) -> Figure:
+    """Draw the training loss of every step with its running mean, and the validation results."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(f"{result['lesson']}, {result['side']}, on {result['data']}")
+    left, right = figure.subplots(1, 2)
+    losses = torch.tensor(result["train_loss"])
+    window = max(1, len(losses) // 20)
+    means = losses.unfold(0, window, 1).mean(1)
+    left.plot(
+        range(1, len(losses) + 1), losses, color="lightgray", linewidth=0.3, label="each step"
+    )
+    left.plot(range(window, len(losses) + 1), means, label=f"mean of {window:,} steps")
+    left.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, 1.1 * means.max().item()))
+    epochs = range(1, len(result["val_loss"]) + 1)
+    right.plot(epochs, result["val_accuracy"], "o-", label="validation accuracy")
+    right.plot(epochs, result["val_f1"], "s--", label="validation macro F1")
+    right.axhline(result["test_accuracy"], color="gray", linestyle=":", label="test accuracy")
+    right.set(xlabel="epoch", ylabel="share of 1", ylim=(0, 1), xticks=list(epochs)[:20])
+    for axis in (left, right):
+        axis.legend()
+    return figure
+
+
+def _confusion(data: Data, result: dict[str, Any]) -> Figure:
+    """Draw the confusion matrix; each row is a true class, coloured by its shares."""
+    counts = torch.tensor(result["confusion_matrix"])
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    figure = Figure(figsize=(7, 6.2), layout="constrained")
+    axis = figure.subplots()
+    axis.set_title(
+        f"{result['lesson']}, {result['side']}, test on {result['data']}: "
+        f"{result['test_accuracy']:.2%} right"
+    )
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    places = range(len(data.classes))
+    axis.set_xticks(places, data.classes, rotation=45, ha="right")
+    axis.set_yticks(places, data.classes)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    for row in places:
+        for column in places:
+            color = "white" if shares[row, column] > 0.5 else "black"
+            text = str(counts[row, column].item())
+            axis.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
+    return figure
+
+
+@torch.no_grad()
+def _predictions(model: nn.Module, data: Data, result: dict[str, Any]) -> Figure:
+    """Draw test images with truth and prediction, the wrong ones in red."""
+    first = Images(data.test.images[:SHOWN], data.test.labels[:SHOWN])
+    images, truth = first.__getitems__(list(range(len(first))))
+    predicted = model(images).argmax(1)
+    titles = [
+        f"is {data.classes[t]}\nsaid {data.classes[p]}"
+        for t, p in zip(truth.tolist(), predicted.tolist(), strict=True)
+    ]
+    colors = ["green" if right else "red" for right in (predicted == truth).tolist()]
+    heading = f"{result['lesson']}, {result['side']}: test images of {data.name}"
+    return _grid(first, titles, colors, heading)

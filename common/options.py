@@ -1,0 +1,281 @@
+"""The command line that both sides share, and how a run ends when something is wrong.
+
+An option that Lightning's Trainer has carries the Trainer's name and means the same.
+"""
+
+import argparse
+import contextlib
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from common.recipes import RECIPES, Recipe
+
+
+class BadInput(Exception):
+    """Something that the user can mend; the text says in one sentence what, and what to do."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How, how long and where to train; what is trained stands in the Recipe."""
+
+    max_steps: int = -1
+    limit_train_batches: int | float = 1.0
+    limit_val_batches: int | float = 1.0
+    limit_test_batches: int | float = 1.0
+    log_every_n_steps: int = 2000
+    data: str = "auto"
+    data_dir: Path = Path("data")
+    accelerator: str = "auto"
+    devices: int = 1
+    threads: int = 1
+    num_workers: int = 0
+    runs_dir: Path = Path("runs")
+
+    @property
+    def refresh_rate(self) -> int:
+        """Steps from one drawing of the progress bar to the next; 0, none, without a terminal."""
+        return 100 if sys.stdout.isatty() else 0
+
+
+def parse_options(lesson: str, argv: Sequence[str] | None = None) -> tuple[Recipe, Options]:
+    """Read the command line of one lesson (`argv`, else sys.argv).
+
+    Raises SystemExit(2), after one sentence on stderr, for an unknown option or a value that
+    cannot be; SystemExit(0) after `--help`.
+    """
+    given = vars(_parser(RECIPES[lesson]).parse_args(argv))
+    of_recipe = ("max_epochs", "batch_size", "lr", "optimizer", "seed")
+    recipe = replace(RECIPES[lesson], **{name: given.pop(name) for name in of_recipe})
+    if given["threads"] is None:
+        given["threads"] = default_threads(recipe.batch_size)
+    options = Options(**given)
+    with clear_messages():
+        _check_devices(recipe, options)
+    return recipe, options
+
+
+def default_threads(batch_size: int) -> int:
+    """Return how many threads pay for this batch size.
+
+    Small batches gain nothing from a second thread, and on a busy machine the threads wait for
+    each other: 2.5 ms a step became 77 ms with one other program running.
+    """
+    return 1 if batch_size < 64 else min(os.cpu_count() or 1, 8)
+
+
+def count_batches(total: int, limit: int | float) -> int:
+    """Return how many of `total` batches a limit leaves, by the Trainer's rule.
+
+    A whole number counts batches, a fraction is a share of them, rounded down.
+    """
+    return min(limit, total) if isinstance(limit, int) else int(limit * total)
+
+
+@contextlib.contextmanager
+def clear_messages() -> Iterator[None]:
+    """Say in one sentence what the user can mend, and leave with 2, or with 130 after Ctrl-C.
+
+    Also keeps Lightning's advertisements and notes off the screen, and three warnings: one advises
+    processes that load data, which would cost more than our batches take; one is about Lightning's
+    own code; one says that there are fewer steps than `--log-every-n-steps`.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for text in ("does not have many workers", "LeafSpec", "log_every_n_steps"):
+        warnings.filterwarnings("ignore", f".*{text}")
+    try:
+        yield
+    except BadInput as error:
+        _exit(f"error: {error}", status=2)
+    except OSError as error:
+        _exit(f"error: the system refused a file or folder: {error}.", status=2)
+    except (KeyboardInterrupt, SystemExit) as error:
+        # The Trainer catches Ctrl-C itself and leaves with SystemExit(1).
+        stopped = isinstance(error, KeyboardInterrupt) or isinstance(
+            error.__context__, KeyboardInterrupt
+        )
+        if not stopped:
+            raise
+        _exit("Stopped by Ctrl-C; what was logged until now stays in metrics.csv.", status=130)
+
+
+def _exit(sentence: str, status: int) -> NoReturn:
+    # The bars may have left the cursor in the middle of a line.
+    sys.stdout.flush()
+    print(f"\n{sentence}" if status == 130 else sentence, file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose refusals are one sentence, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        _exit(f"error: {message}; see --help.", status=2)
+
+
+def _number(
+    kind: type[int] | type[float], fits: Callable[[float], bool], wanted: str
+) -> Callable[[str], int | float]:
+    """Return a converter for argparse whose refusal says what was wanted."""
+
+    def convert(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if math.isnan(value) or not fits(value):
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got '{text}'")
+        return value
+
+    return convert
+
+
+def _limit(text: str) -> int | float:
+    """Read a limit as the Trainer does: 10 is ten batches, 0.1 or 1.0 a share of them."""
+    wanted = "a whole number of batches from 1 on, or a fraction in (0, 1] such as 0.1 or 1.0"
+    if text.isdecimal():
+        return _number(int, lambda value: value >= 1, wanted)(text)
+    return _number(float, lambda value: 0 < value <= 1, wanted)(text)
+
+
+def _parser(recipe: Recipe) -> Parser:
+    count = _number(int, lambda value: value >= 1, "a whole number from 1 on")
+    parser = Parser(
+        description=f"Train and test the lesson '{recipe.lesson}'.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    what = parser.add_argument_group("what is trained").add_argument
+    what(
+        "--max-epochs",
+        type=count,
+        default=recipe.max_epochs,
+        metavar="N",
+        help="passes over the training set",
+    )
+    what(
+        "--batch-size",
+        type=count,
+        default=recipe.batch_size,
+        metavar="N",
+        help="images in one optimizer step, over all devices together",
+    )
+    what(
+        "--lr",
+        type=_number(float, lambda value: 0 < value < math.inf, "a number above 0"),
+        default=recipe.lr,
+        metavar="X",
+        help="learning rate",
+    )
+    what(
+        "--optimizer",
+        choices=("sgd", "adam"),
+        default=recipe.optimizer,
+        help="sgd has momentum 0.9",
+    )
+    what(
+        "--seed",
+        default=recipe.seed,
+        metavar="N",
+        type=_number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2^32-1"),
+        help="draws validation set, initial weights and order of the batches",
+    )
+    add(
+        "--max-steps",
+        default=-1,
+        metavar="N",
+        type=_number(
+            int, lambda value: value == -1 or value >= 1, "a whole number from 1 on, or -1"
+        ),
+        help="stop after this many optimizer steps; -1: no limit",
+    )
+    for stage in ("train", "val", "test"):
+        add(
+            f"--limit-{stage}-batches",
+            type=_limit,
+            default=1.0,
+            metavar="N",
+            help=f"{stage} batches to use: a number (10) or a share (0.1)",
+        )
+    add(
+        "--log-every-n-steps",
+        type=count,
+        default=Options.log_every_n_steps,
+        metavar="N",
+        help="steps over which the running loss is averaged",
+    )
+    add(
+        "--data",
+        choices=("auto", recipe.data, "shapes"),
+        default="auto",
+        help=f"{recipe.data}: the real images or an error; shapes: the built-in drawings; "
+        f"auto: {recipe.data} if it is here or can be downloaded, else shapes",
+    )
+    add(
+        "--data-dir",
+        type=Path,
+        default=Path(os.environ.get("DATA_DIR") or "data"),
+        metavar="DIR",
+        help="folder with the real images (environment: DATA_DIR)",
+    )
+    add(
+        "--accelerator",
+        choices=("auto", "cpu", "gpu", "cuda", "mps"),
+        default="auto",
+        help="auto: CUDA, else MPS, else the CPU; gpu: CUDA or MPS",
+    )
+    add("--devices", type=count, default=1, metavar="N", help="GPUs to use")
+    add(
+        "--threads",
+        type=count,
+        default=None,
+        metavar="N",
+        help="CPU threads for one operation; None: 1 below batch size 64, else all cores",
+    )
+    add(
+        "--num-workers",
+        type=_number(int, lambda value: value >= 0, "a whole number from 0 on"),
+        default=0,
+        metavar="N",
+        help="processes that load batches; 0: the training one",
+    )
+    add(
+        "--runs-dir",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="results go to DIR/LESSON/SIDE/",
+    )
+    return parser
+
+
+def _check_devices(recipe: Recipe, options: Options) -> None:
+    """Refuse accelerators and devices that this machine does not have."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    here = {"auto": True, "cpu": True, "cuda": cuda, "mps": mps, "gpu": cuda or mps}
+    if not here[options.accelerator]:
+        raise BadInput(
+            f"--accelerator {options.accelerator} was asked for, but PyTorch finds no such device "
+            "on this machine; leave it out, or use --accelerator cpu."
+        )
+    gpus = torch.cuda.device_count() if options.accelerator in ("auto", "gpu", "cuda") else 0
+    if options.devices > max(gpus, 1):
+        raise BadInput(
+            f"--devices {options.devices} was asked for, but with --accelerator "
+            f"{options.accelerator} this machine has {max(gpus, 1)}; ask for fewer."
+        )
+    if recipe.batch_size % options.devices:
+        raise BadInput(
+            f"--batch-size {recipe.batch_size} cannot be split evenly over --devices "
+            f"{options.devices}; choose a multiple of it."
+        )

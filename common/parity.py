@@ -1,0 +1,261 @@
+"""Hold two runs against each other, stage by stage, and name the first difference.
+
+`python -m common.parity LESSON [options]` runs whichever side has not been run with these options,
+compares the two results and prints a table. Exit status 0: all agree; 1: they differ; 2: they
+cannot be compared.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common.data import is_here
+from common.options import BadInput, Options, clear_messages, parse_options
+from common.recipes import RECIPES, Recipe
+from common.runs import ROOT, code_sha256, hyperparameters, run_folder, versions
+
+Result = dict[str, Any]  # what common.runs.Run.result returns, and result.json holds
+
+SIDES = ("plain", "lightning")
+AVERAGES = ("val_loss", "val_accuracy", "val_f1", "test_loss", "test_accuracy", "test_f1")
+# Lightning's running mean adds up in float32. All that comes before the metrics is equal bit for
+# bit; nothing there is compared within a tolerance.
+RELATIVE = 1e-6
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the comparison: how many things were compared, and what differs, if anything.
+
+    `difference` is None where all are equal, and where an earlier stage differed (`compared` is
+    then 0: what follows a difference differs too and says nothing).
+    """
+
+    name: str
+    compared: int
+    difference: str | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The stages in their order: data, start, steps, weights, optimizer, random, metrics."""
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def first_difference(self) -> Stage | None:
+        """Return the first stage that differs, None where all agree."""
+        return next((stage for stage in self.stages if stage.difference is not None), None)
+
+    @property
+    def agree(self) -> bool:
+        return self.first_difference is None
+
+
+def compare(a: Result, b: Result) -> Comparison:
+    """Compare two results stage by stage.
+
+    Raises BadInput where they cannot be the same: other lesson, data, settings or versions.
+    """
+    refuse_different_settings(a, b)
+    checks: tuple[tuple[str, Callable[[Result, Result], tuple[int, str | None]]], ...] = (
+        ("data", _prints("data")),
+        ("start", _prints("start")),
+        ("steps", _steps),
+        ("weights", _prints("weights")),
+        ("optimizer", _prints("optimizer")),
+        ("random", _prints("random")),
+        ("metrics", _metrics),
+    )
+    stages: list[Stage] = []
+    for name, check in checks:
+        if any(stage.difference is not None for stage in stages):
+            stages.append(Stage(name, 0, None))
+            continue
+        compared, difference = check(a, b)
+        if compared == 0 and difference is None:
+            difference = "there was nothing to compare"
+        stages.append(Stage(name, compared, difference))
+    return Comparison(tuple(stages))
+
+
+def refuse_different_settings(a: Result, b: Result) -> None:
+    """Raise BadInput, with the name of the setting, unless both runs had the same settings."""
+    first, second = a["side"], b["side"]
+    if first == second:
+        first, second = f"the first {first}", f"the second {second}"
+    for name in ("lesson", "data", "seed", "hyperparameters", "versions", "device", "threads"):
+        ours, theirs = a[name], b[name]
+        if isinstance(ours, dict):
+            for key in sorted(ours.keys() | theirs.keys()):
+                if ours.get(key) != theirs.get(key):
+                    name, ours, theirs = key, ours.get(key), theirs.get(key)
+                    break
+        if ours != theirs:
+            raise BadInput(
+                f"the two runs cannot be compared: {name} is {ours} in {first} and {theirs} in "
+                f"{second}; run both sides again with the same options."
+            )
+
+
+def _prints(part: str) -> Callable[[Result, Result], tuple[int, str | None]]:
+    """Return a check of one part of the fingerprints, name by name."""
+
+    def check(a: Result, b: Result) -> tuple[int, str | None]:
+        ours, theirs = a["fingerprints"][part], b["fingerprints"][part]
+        # The names first: to compare only the common ones would hide one that is missing.
+        for name in sorted(ours.keys() ^ theirs.keys()):
+            side = a["side"] if name in ours else b["side"]
+            return len(ours), f"{name} is there only in {side}"
+        for name in ours:
+            if not _same(ours[name], theirs[name]):
+                return len(ours), f"{name}: {_short(ours[name])} and {_short(theirs[name])}"
+        return len(ours), None
+
+    return check
+
+
+def _steps(a: Result, b: Result) -> tuple[int, str | None]:
+    """Check the loss of every optimizer step, and that the training did something."""
+    ours, theirs = a["train_loss"], b["train_loss"]
+    for step, (x, y) in enumerate(zip(ours, theirs, strict=False), start=1):
+        if not _same(x, y):
+            return len(ours), f"loss of step {step}: {x!r} and {y!r}"
+        if not math.isfinite(x):
+            return len(ours), f"loss of step {step} is {x} on both sides: nothing was learned"
+    if len(ours) != len(theirs):
+        return len(ours), f"{len(ours)} steps and {len(theirs)} steps"
+    if a["fingerprints"]["start"] == a["fingerprints"]["weights"]:
+        return len(ours), "the weights never changed: nothing was trained"
+    return len(ours), None
+
+
+def _metrics(a: Result, b: Result) -> tuple[int, str | None]:
+    """Check the counts, which must be equal, and the averages, within RELATIVE of each other."""
+    if a["confusion_matrix"] != b["confusion_matrix"]:
+        return 1, "the confusion matrices"
+    compared = 1
+    for name in AVERAGES:
+        ours, theirs = _list(a[name]), _list(b[name])
+        if len(ours) != len(theirs):
+            return compared, f"{name}: {len(ours)} epochs and {len(theirs)} epochs"
+        compared += len(ours)
+        for x, y in zip(ours, theirs, strict=True):
+            if not math.isclose(x, y, rel_tol=RELATIVE):
+                return compared, f"{name}: {x!r} and {y!r}"
+    ours, theirs = a["test_accuracy_per_class"], b["test_accuracy_per_class"]
+    for name in ours.keys() | theirs.keys():
+        compared += 1
+        if not math.isclose(ours.get(name, -1), theirs.get(name, -1), rel_tol=RELATIVE):
+            return compared, f"accuracy of {name}: {ours.get(name)} and {theirs.get(name)}"
+    return compared, None
+
+
+def _same(x: Any, y: Any) -> bool:
+    """Tell whether two values are equal, a NaN being equal to a NaN."""
+    return x == y or (isinstance(x, float) and isinstance(y, float) and x != x and y != y)
+
+
+def _short(value: Any) -> str:
+    """Say in a few words what a fingerprint stands for."""
+    if not isinstance(value, dict):
+        return f"{value}"[:12]
+    return f"{'x'.join(map(str, value['shape']))} of norm {value['norm']!r}"
+
+
+def _list(value: Any) -> list[float]:
+    return value if isinstance(value, list) else [value]
+
+
+# From here on: the command.
+
+
+def main(argv: list[str]) -> int:
+    """Compare the two sides of one lesson; return the exit status."""
+    lesson, *arguments = argv or [""]
+    if lesson not in RECIPES:
+        raise BadInput(f"there is no lesson '{lesson}'; there are: {', '.join(RECIPES)}.")
+    recipe, options = parse_options(lesson, arguments)
+    for side in SIDES:
+        if not _is_of(_read(side, recipe, options), side, recipe, options):
+            print(f"The {side} side has not been run with these settings: running it.", flush=True)
+            command = [sys.executable, str(ROOT / side / f"{lesson}.py"), *arguments]
+            status = subprocess.run(command).returncode
+            if status:
+                return status
+    a, b = (_read(side, recipe, options) for side in SIDES)
+    comparison = compare(a, b)
+    show(a, b, comparison)
+    return 0 if comparison.agree else 1
+
+
+def _read(side: str, recipe: Recipe, options: Options) -> Result:
+    """Return the content of a side's result.json; {} where there is none, or none to be read."""
+    try:
+        return json.loads((run_folder(options, recipe.lesson, side) / "result.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _is_of(result: Result, side: str, recipe: Recipe, options: Options) -> bool:
+    """Tell whether a result was made by today's code, packages and data with these settings."""
+    if result.get("data") != recipe.data and options.data == "auto" and is_here(options.data_dir):
+        return False  # the shapes stood in, but the real images have come since
+    wanted = {
+        "seed": recipe.seed,
+        "hyperparameters": hyperparameters(recipe, options),
+        "versions": versions(),
+        "threads": options.threads,
+        "code_sha256": code_sha256(side),
+    }
+    return all(result.get(name) == wanted[name] for name in wanted)
+
+
+def show(a: Result, b: Result, comparison: Comparison) -> None:
+    """Print the comparison as a table, with the verdict under it."""
+    table = Table(
+        title=f"{a['lesson']} on {a['data']}: {a['side']} and {b['side']}", title_justify="left"
+    )
+    table.add_column("stage")
+    table.add_column("compared", justify="right")
+    table.add_column("result")
+    for stage in comparison.stages:
+        verdict = "equal" + (f" within {RELATIVE}" if stage.name == "metrics" else ", bit for bit")
+        if stage.difference is not None:
+            verdict = f"DIFFERENT: {stage.difference}"
+        elif stage.compared == 0:
+            verdict = "not compared, after the difference above"
+        table.add_row(NAMES[stage.name], f"{stage.compared:,}", verdict)
+    table.add_section()
+    for name in ("train_seconds", "test_seconds"):
+        times = ", ".join(f"{result['side']} {result[name]:.1f}" for result in (a, b))
+        table.add_row(name.replace("_", " "), "", times)
+    Console().print(table)
+    if comparison.agree:
+        steps, accuracy = len(a["train_loss"]), a["test_accuracy"]
+        print(f"The two sides agree: {steps:,} steps, test accuracy {accuracy:.2%}.")
+    else:
+        print(f"The two sides differ, first in: {comparison.first_difference.name}.")  # type: ignore[union-attr]
+
+
+NAMES = {
+    "data": "data, split and order",
+    "start": "initial weights",
+    "steps": "loss of every step",
+    "weights": "final weights",
+    "optimizer": "optimizer state",
+    "random": "state of the random generators",
+    "metrics": "counts and averages",
+}
+
+
+if __name__ == "__main__":
+    with clear_messages():
+        sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,300 @@
+"""What a run leaves behind: result.json, weights.pt, metrics.csv and pictures, and one table."""
+
+import csv
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from common import figures
+from common.data import Data, Images, processes
+from common.options import Options, count_batches
+from common.recipes import Recipe
+
+ROOT = Path(__file__).parent.parent
+FILES = (
+    "result.json",
+    "weights.pt",
+    "metrics.csv",
+    "samples.png",
+    "curves.png",
+    "confusion.png",
+    "predictions.png",
+)
+PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "numpy")
+
+
+@dataclass
+class Run:
+    """One training of one side, with all that parity compares.
+
+    `start` holds the fingerprints of the initial weights, `order` the samples that the training
+    loader handed out in each epoch, `train_loss` one number per optimizer step. `val` has one dict
+    per validated epoch with loss, accuracy and f1; `test` has these and accuracy_per_class [10]
+    and confusion [10, 10], whose rows are the true classes. `seconds` are those of training and of
+    testing. `random` is the state of the random generators when the run ended.
+    """
+
+    side: str
+    recipe: Recipe
+    options: Options
+    data: Data
+    start: dict[str, dict]
+    order: dict[int, list[int]]
+    train_loss: list[float]
+    val: list[dict[str, Any]]
+    test: dict[str, Any]
+    model: nn.Module
+    optimizer: Optimizer
+    device: torch.device
+    seconds: tuple[float, float]
+    random: dict[str, str] = field(default_factory=lambda: random_state())
+
+    def result(self) -> dict[str, Any]:
+        """Return what result.json holds, and all that `common.parity` compares."""
+        return {
+            "lesson": self.recipe.lesson,
+            "side": self.side,
+            "data": self.data.name,
+            "seed": self.recipe.seed,
+            "hyperparameters": hyperparameters(self.recipe, self.options),
+            "versions": versions(),
+            "device": str(self.device),
+            "threads": self.options.threads,
+            "train_loss": self.train_loss,
+            "val_loss": [epoch["loss"] for epoch in self.val],
+            "val_accuracy": [epoch["accuracy"] for epoch in self.val],
+            "val_f1": [epoch["f1"] for epoch in self.val],
+            "test_loss": self.test["loss"],
+            "test_accuracy": self.test["accuracy"],
+            "test_f1": self.test["f1"],
+            "test_accuracy_per_class": dict(
+                zip(self.data.classes, self.test["accuracy_per_class"], strict=True)
+            ),
+            "confusion_matrix": self.test["confusion"],
+            "train_seconds": self.seconds[0],
+            "test_seconds": self.seconds[1],
+            "weights_sha256": _sha256(json.dumps(fingerprints(self.model.state_dict())).encode()),
+            "code_sha256": code_sha256(self.side),
+            "fingerprints": {
+                "data": self._data_fingerprints(),
+                "start": self.start,
+                "weights": fingerprints(self.model.state_dict()),
+                "optimizer": _optimizer_fingerprints(self.optimizer.state_dict()),
+                "random": self.random,
+            },
+        }
+
+    def _data_fingerprints(self) -> dict[str, str]:
+        """Fingerprint the images of each split, and the order in which they were trained on."""
+        parts = {}
+        for name in ("train", "val", "test"):
+            images: Images = getattr(self.data, name)
+            parts[f"{name} images"] = fingerprint(images.images)["sha256"]
+            parts[f"{name} labels"] = fingerprint(images.labels)["sha256"]
+        batch_size = self.recipe.batch_size
+        batches = math.ceil(len(self.data.train) / batch_size)
+        batches = count_batches(batches, self.options.limit_train_batches)
+        for epoch, order in self.order.items():
+            # Loading processes fetch ahead of the training: count only what was trained on.
+            trained_on = min(batches, len(self.train_loss) - epoch * batches) * batch_size
+            parts[f"order of epoch {epoch}"] = _sha256(json.dumps(order[:trained_on]).encode())
+        return parts
+
+    def save(self) -> Path:
+        """Write everything into runs/LESSON/SIDE/ and return that folder.
+
+        Each file appears whole or not at all, result.json last: where it is, the rest is too.
+        """
+        folder = run_folder(self.options, self.recipe.lesson, self.side)
+        self.model.cpu().eval()
+        _write(folder / "weights.pt", lambda path: torch.save(self.model.state_dict(), path))
+        result = self.result()
+        for name, figure in figures.draw(self.model, self.data, result).items():
+            _write(folder / name, figure.savefig)
+        text = json.dumps(result, indent=1)
+        _write(folder / "result.json", lambda path: path.write_text(text))
+        return folder
+
+
+class MetricsFile:
+    """metrics.csv, row by row, in the form in which Lightning's CSVLogger writes it."""
+
+    columns = (
+        "epoch",
+        "step",
+        "test_accuracy",
+        "test_f1",
+        "test_loss",
+        "train_loss",
+        "val_accuracy",
+        "val_f1",
+        "val_loss",
+    )
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "metrics.csv"
+        with self.path.open("w", newline="") as file:
+            csv.DictWriter(file, self.columns).writeheader()
+
+    def write(self, epoch: int, step: int, stage: str, values: Mapping[str, Any]) -> None:
+        """Add one row at once, so that a run that is stopped keeps it.
+
+        `stage` is train, val or test; of `values`, loss, accuracy and f1 are written.
+        """
+        row = {f"{stage}_{name}": value for name, value in values.items()}
+        row = {name: value for name, value in row.items() if name in self.columns}
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow({"epoch": epoch, "step": step, **row})
+
+
+def run_folder(options: Options, lesson: str, side: str) -> Path:
+    """Return the folder of one side's results."""
+    return options.runs_dir / lesson / side
+
+
+def start_folder(options: Options, lesson: str, side: str) -> Path:
+    """Return the folder of one side's results, emptied of an earlier run's files.
+
+    Otherwise a run that is stopped would leave its metrics beside another run's result.
+    """
+    folder = run_folder(options, lesson, side)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def hyperparameters(recipe: Recipe, options: Options) -> dict[str, Any]:
+    """Return every setting that can change the numbers, and none that cannot (the folders)."""
+    settings = {**asdict(recipe), **asdict(options), "model": recipe.model.__name__}
+    for name in ("lesson", "data_dir", "runs_dir", "threads", "seed"):
+        del settings[name]
+    return {**settings, "data": options.data}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, the packages and the system that the numbers depend on."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **found, "system": platform.platform()}
+
+
+def code_sha256(side: str) -> str:
+    """Return one digest over all the code that a run of this side executes."""
+    files = sorted([*(ROOT / side).glob("*.py"), *(ROOT / "common").glob("*.py")])
+    return _sha256(b"".join(path.read_bytes() for path in files))
+
+
+def fingerprint(tensor: Tensor) -> dict[str, Any]:
+    """Return what identifies a tensor to the bit, and its norm, so that a difference has a size."""
+    tensor = tensor.detach().cpu().contiguous()
+    return {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype),
+        "norm": tensor.double().norm().item() if tensor.is_floating_point() else None,
+        "sha256": _sha256(tensor.numpy().tobytes()),
+    }
+
+
+def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, dict]:
+    """Fingerprint each tensor of a state_dict."""
+    return {name: fingerprint(tensor) for name, tensor in tensors.items()}
+
+
+def _optimizer_fingerprints(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Flatten an optimizer's state_dict: fingerprints for tensors, the values of all else."""
+    flat: dict[str, Any] = {}
+    for index, state in state_dict["state"].items():
+        for name, value in state.items():
+            is_tensor = isinstance(value, Tensor)
+            flat[f"parameter {index}: {name}"] = fingerprint(value) if is_tensor else value
+    for index, group in enumerate(state_dict["param_groups"]):
+        for name, value in group.items():
+            flat[f"group {index}: {name}"] = value
+    return flat
+
+
+def random_state() -> dict[str, str]:
+    """Fingerprint the state of the random generators: Python's, numpy's and PyTorch's."""
+    states = {
+        "python": repr(random.getstate()).encode(),
+        "numpy": repr([part for part in np.random.get_state()]).encode(),
+        "torch": torch.get_rng_state().numpy().tobytes(),
+    }
+    if torch.cuda.is_available():
+        for device, state in enumerate(torch.cuda.get_rng_state_all()):
+            states[f"cuda {device}"] = state.numpy().tobytes()
+    return {name: _sha256(state) for name, state in states.items()}
+
+
+def read_metrics(folder: Path, stage: str) -> list[dict[str, float]]:
+    """Return the rows of metrics.csv that belong to a stage: its loss, accuracy and f1."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ("loss", "accuracy", "f1")
+    return [
+        {name: float(row[f"{stage}_{name}"]) for name in names}
+        for row in rows
+        if row.get(f"{stage}_loss")
+    ]
+
+
+def print_epoch(epoch: int, val: Mapping[str, Any]) -> None:
+    """Print one line after an epoch's validation."""
+    scores = ", ".join(f"{name} {val[name]:.4f}" for name in ("loss", "accuracy", "f1"))
+    print(f"Epoch {epoch}, validation: {scores}")
+
+
+def finish(run: Run) -> None:
+    """Save a run and print its final table, the same on both sides."""
+    if processes()[0] > 0:
+        return  # with several processes, the first one writes
+    result, folder = run.result(), run.save()
+    table = Table(title=f"{result['lesson']}: test on {result['data']}", title_justify="left")
+    table.add_column("")
+    table.add_column(result["side"], justify="right")
+    table.add_row("loss", f"{result['test_loss']:.4f}")
+    table.add_row("accuracy", f"{result['test_accuracy']:.2%}")
+    table.add_row("macro F1", f"{result['test_f1']:.4f}", end_section=True)
+    for name, accuracy in result["test_accuracy_per_class"].items():
+        table.add_row(f"accuracy, {name}", f"{accuracy:.2%}")
+    table.add_section()
+    table.add_row("optimizer steps", f"{len(result['train_loss']):,}")
+    table.add_row("seconds of training", f"{result['train_seconds']:.1f}")
+    table.add_row("seconds of testing", f"{result['test_seconds']:.1f}")
+    table.add_row("device, threads", f"{result['device']}, {result['threads']}")
+    table.add_row("sha256 of the weights", result["weights_sha256"][:16])
+    Console().print(table)
+    print(f"Written to {folder}/: {', '.join(FILES)}")
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: whole or not at all."""
+    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)  # mkstemp's files are for their owner alone
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

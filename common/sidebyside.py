@@ -1,0 +1,117 @@
+"""Show the two scripts of a lesson side by side in the terminal, cell by cell.
+
+`python -m common.sidebyside LESSON [--no-comments]`. Lines that both sides share are dim; the
+others are in colour. `--no-comments` leaves out the lesson's own comments, `#:`.
+"""
+
+import argparse
+import difflib
+import itertools
+import re
+import sys
+
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from common.options import BadInput, Parser, clear_messages
+from common.recipes import RECIPES
+from common.runs import ROOT
+
+SIDES = ("plain", "lightning")
+
+
+def cells(source: str) -> dict[str, list[str]]:
+    """Split a script at its `# %% Title` lines; what stands before the first has the title ""."""
+    parts: dict[str, list[str]] = {"": []}
+    title = ""
+    for line in source.splitlines():
+        if match := re.match(r"# %% (.+)", line):
+            title = match[1]
+            parts[title] = []
+        else:
+            parts[title].append(line)
+    return parts
+
+
+def without_comments(source: str) -> str:
+    """Leave out the lines that only teach: those that begin with `#:`."""
+    return re.sub(r"^ *#:.*\n", "", source, flags=re.MULTILINE)
+
+
+def aligned(left: list[str], right: list[str]) -> list[tuple[int | None, int | None, bool]]:
+    """Pair the lines of two cells: (place on the left, place on the right, equal).
+
+    A place is None where that side has no line. A function on one side is a method on the other:
+    lines stand side by side if they differ in indentation and `self.` alone, and those that differ
+    in indentation alone are equal.
+    """
+    rows: list[tuple[int | None, int | None, bool]] = []
+    keys = [[line.strip().replace("self.", "") for line in lines] for lines in (left, right)]
+    for _, a, b, c, d in difflib.SequenceMatcher(None, *keys, autojunk=False).get_opcodes():
+        for x, y in itertools.zip_longest(range(a, b), range(c, d)):
+            both = x is not None and y is not None
+            rows.append((x, y, both and left[x].strip() == right[y].strip()))
+    return rows
+
+
+def table(sources: tuple[str, str], width: int) -> Table:
+    """Return the two sources as one table of `width` columns."""
+    left, right = (cells(source) for source in sources)
+    view = Table(width=width, pad_edge=False)
+    for side in SIDES:
+        view.add_column(side, ratio=1, overflow="fold")
+    for title in left | right:
+        if title:
+            view.add_section()
+            view.add_row(*[Text(title, style="bold yellow")] * 2)
+        ours, theirs = left.get(title, []), right.get(title, [])
+        colored = _colored(ours), _colored(theirs)
+        for x, y, equal in aligned(ours, theirs):
+            row = [
+                Text() if n is None else lines[n] for n, lines in zip((x, y), colored, strict=True)
+            ]
+            if equal:
+                row = [Text(text.plain, style="dim") for text in row]
+            view.add_row(*row)
+    return view
+
+
+def _colored(lines: list[str]) -> list[Text]:
+    """Colour a cell's lines as Python, the comments that teach in green."""
+    syntax = Syntax("", "python", theme="ansi_dark")
+    texts = list(syntax.highlight("\n".join(lines)).split("\n", allow_blank=True))[: len(lines)]
+    for text in texts:
+        text.no_wrap = False
+        if text.plain.lstrip().startswith("#:"):
+            text.stylize("italic green")
+    return texts
+
+
+def main(argv: list[str]) -> None:
+    """Print the two scripts of the lesson that `argv` names."""
+    parser = Parser(prog="common.sidebyside", description="Show a lesson's two scripts.")
+    parser.add_argument("lesson", help=", ".join(RECIPES))
+    parser.add_argument(
+        "--comments",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with the comments that teach, `#:`, or without them",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.lesson not in RECIPES:
+        raise BadInput(f"there is no lesson '{arguments.lesson}'; there are: {', '.join(RECIPES)}.")
+    plain, lightning = (
+        (ROOT / side / f"{arguments.lesson}.py").read_text(encoding="utf-8") for side in SIDES
+    )
+    if not arguments.comments:
+        plain, lightning = without_comments(plain), without_comments(lightning)
+    # Colour also into a pipe, so that `| less -R` shows it; a pipe has no width of its own.
+    console = Console(force_terminal=True, width=None if sys.stdout.isatty() else 210)
+    console.print(table((plain, lightning), console.width))
+
+
+if __name__ == "__main__":
+    with clear_messages():
+        main(sys.argv[1:])

@@ -1,0 +1,150 @@
+"""The tutorial's CNN on CIFAR-10, trained by Lightning's Trainer.
+
+Run it with `make lightning-cifar`. Its twin is plain/cifar.py, run with `make plain-cifar`.
+`make diff-cifar` shows the two side by side, `make parity-cifar` proves that they do the same.
+"""
+
+# %% Imports
+import time
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from torchmetrics import Accuracy, ConfusionMatrix, F1Score, MetricCollection
+from torchsummary import summary
+
+from common.data import eval_loader, load_data, train_loader
+from common.options import clear_messages, parse_options
+from common.runs import Run, fingerprints, finish, read_metrics, start_folder
+
+# %% Seed and device
+#: L.seed_everything, in run, seeds Python's, numpy's and PyTorch's generators.
+#: Trainer(accelerator=...) chooses the device and moves the model and every batch to it.
+
+
+# %% Data
+class CIFAR10DataModule(L.LightningDataModule):
+    def __init__(self, data, recipe, options):
+        super().__init__()
+        self.data, self.settings = data, (recipe, options)
+
+    def train_dataloader(self):
+        return train_loader(self.data.train, *self.settings)
+
+    def val_dataloader(self):
+        return eval_loader(self.data.val, *self.settings)
+
+    def test_dataloader(self):
+        return eval_loader(self.data.test, *self.settings)
+
+
+# %% Metrics
+def metrics(prefix):
+    ten = dict(task="multiclass", num_classes=10)
+    #: Always say which average is meant: the defaults of torchmetrics' classes differ.
+    scores = {"accuracy": Accuracy(**ten, average="micro"), "f1": F1Score(**ten, average="macro")}
+    return MetricCollection(scores, prefix=prefix)
+
+
+# %% Loss, optimizer and evaluation
+class LitClassifier(L.LightningModule):
+    def __init__(self, model, recipe, log_every_n_steps):
+        super().__init__()
+        self.model, self.recipe, self.losses, self.every = model, recipe, [], log_every_n_steps
+        #: Objects of its own for each stage: shared ones would add up the counts of both.
+        self.metrics = torch.nn.ModuleDict({name: metrics(f"{name}_") for name in ("val", "test")})
+        self.confusion = ConfusionMatrix(task="multiclass", num_classes=10)
+
+    def configure_optimizers(self):
+        if self.recipe.optimizer == "adam":
+            return torch.optim.Adam(self.parameters(), lr=self.recipe.lr)
+        return torch.optim.SGD(self.parameters(), lr=self.recipe.lr, momentum=self.recipe.momentum)
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        loss = F.cross_entropy(self.model(images), labels)
+        self.losses.append(loss.detach())
+        #: self.log in every step would cost about as much as the step: log what is due.
+        if len(self.losses) % self.every == 0:
+            running = torch.stack(self.losses[-self.every :]).mean()
+            self.log("train_loss", running, prog_bar=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx, stage="val"):
+        images, labels = batch
+        logits = self.model(images)
+        loss = F.cross_entropy(logits, labels)
+        #: Averaged over the epoch, weighted by batch_size, and over all processes.
+        self.log(f"{stage}_loss", loss, batch_size=len(labels), sync_dist=True, prog_bar=True)
+        self.metrics[stage].update(logits, labels)
+        #: The objects, not their values: then they are computed once, over all samples.
+        self.log_dict(self.metrics[stage], prog_bar=True)
+        if stage == "test":
+            self.confusion.update(logits, labels)
+
+    def test_step(self, batch, batch_idx):
+        self.validation_step(batch, batch_idx, stage="test")
+
+
+# %% Fit
+#: The Trainer calls set_epoch, train, zero_grad, backward, step, eval and no_grad, as plain does.
+def make_trainer(recipe, options, folder):
+    return L.Trainer(
+        max_epochs=recipe.max_epochs,
+        max_steps=options.max_steps,
+        limit_train_batches=options.limit_train_batches,
+        limit_val_batches=options.limit_val_batches,
+        limit_test_batches=options.limit_test_batches,
+        #: Spelled out: left to itself, the Trainer takes every GPU that it finds.
+        accelerator=options.accelerator,
+        devices=options.devices,
+        #: Our sampler knows its process already; the Trainer's would shuffle once more.
+        use_distributed_sampler=False,
+        deterministic="warn",
+        logger=CSVLogger(folder.parent, folder.name, version="", flush_logs_every_n_steps=1),
+        log_every_n_steps=options.log_every_n_steps,
+        callbacks=[TQDMProgressBar(refresh_rate=options.refresh_rate)],
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+
+
+# %% Run
+def run(recipe, options):
+    torch.set_num_threads(options.threads)
+    data = load_data(recipe, options)
+    #: Before the seed: torchsummary draws random numbers for the forward pass that it makes.
+    summary(recipe.model(), tuple(data.train.images.shape[1:]), device="cpu")
+    L.seed_everything(recipe.seed, verbose=False)
+    net = recipe.model()
+    start = fingerprints(net.state_dict())
+    model = LitClassifier(net, recipe, options.log_every_n_steps)
+    datamodule = CIFAR10DataModule(data, recipe, options)
+    folder = start_folder(options, recipe.lesson, "lightning")
+    trainer = make_trainer(recipe, options, folder)
+    began = time.perf_counter()
+    trainer.fit(model, datamodule)
+    fitted = time.perf_counter()
+    order = trainer.train_dataloader.sampler.handed_out
+    losses = trainer.strategy.reduce(torch.stack(model.losses), reduce_op="mean").tolist()
+    #: With the model given, test uses its weights as they are; without, those of a checkpoint.
+    trainer.test(model, datamodule, verbose=False)
+    seconds = (fitted - began, time.perf_counter() - fitted)
+    (test,), val = read_metrics(folder, "test"), read_metrics(folder, "val")
+    confusion = model.confusion.compute()
+    test["confusion"] = confusion.tolist()
+    test["accuracy_per_class"] = (confusion.diag() / confusion.sum(1).clamp(min=1)).tolist()
+    trained = (net, trainer.optimizers[0], trainer.strategy.root_device, seconds)
+    return Run("lightning", recipe, options, data, start, order, losses, val, test, *trained)
+
+
+# %% Command line
+def main():
+    with clear_messages():
+        finish(run(*parse_options("cifar")))
+
+
+if __name__ == "__main__":
+    main()
