@@ -25,7 +25,7 @@ from torchvision.datasets.utils import check_integrity, download_url, extract_ar
 from torchvision.transforms import Normalize
 
 from common import shapes
-from common.options import BadInput, Options, count_batches
+from common.options import BadInput, Options, count_batches, is_writable
 from common.recipes import Recipe
 
 VALIDATION = 5_000  # images taken out of the 50,000 to train on
@@ -241,7 +241,7 @@ def _download_cifar10(folder: Path) -> None:
 
     Raises Unreachable, within NETWORK_SECONDS where there is no network.
     """
-    if folder.exists() and not os.access(folder, os.W_OK):
+    if folder.exists() and not is_writable(folder):
         raise BadInput(
             f"CIFAR-10 is not in '{folder}', and nothing can be written there to download it; "
             "choose another --data-dir, or use --data shapes."

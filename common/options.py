@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -61,7 +62,17 @@ def parse_options(lesson: str, argv: Sequence[str] | None = None) -> tuple[Recip
     options = Options(**given)
     with clear_messages():
         _check_devices(recipe, options)
+        _check_runs_dir(options.runs_dir)
     return recipe, options
+
+
+def is_writable(folder: Path) -> bool:
+    """Tell whether a file can be written into a folder, by doing it: its mode does not tell all."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
 
 
 def default_threads(batch_size: int) -> int:
@@ -278,4 +289,14 @@ def _check_devices(recipe: Recipe, options: Options) -> None:
         raise BadInput(
             f"--batch-size {recipe.batch_size} cannot be split evenly over --devices "
             f"{options.devices}; choose a multiple of it."
+        )
+
+
+def _check_runs_dir(folder: Path) -> None:
+    """Refuse a folder that cannot take the results, before the training and not after it."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not is_writable(folder):
+        raise BadInput(
+            f"nothing can be written into --runs-dir '{folder}'; name another folder for results."
         )

@@ -48,8 +48,12 @@ def aligned(left: list[str], right: list[str]) -> list[tuple[int | None, int | N
     in indentation alone are equal.
     """
     rows: list[tuple[int | None, int | None, bool]] = []
-    keys = [[line.strip().replace("self.", "") for line in lines] for lines in (left, right)]
-    for _, a, b, c, d in difflib.SequenceMatcher(None, *keys, autojunk=False).get_opcodes():
+    ours, theirs = (
+        [line.strip().replace("self.", "") for line in lines] for lines in (left, right)
+    )
+    # Blank lines and closing brackets are alike everywhere and must not pair what is not.
+    matcher = difflib.SequenceMatcher(lambda line: len(line) < 2, ours, theirs, autojunk=False)
+    for _, a, b, c, d in matcher.get_opcodes():
         for x, y in itertools.zip_longest(range(a, b), range(c, d)):
             both = x is not None and y is not None
             rows.append((x, y, both and left[x].strip() == right[y].strip()))

@@ -1,0 +1,35 @@
+"""Settings for every test, and the count of what was compared, printed at the end."""
+
+import os
+
+# Before PyTorch is imported: on a busy machine, several threads wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from helpers import COMPARED, real_data
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Runs set their number of threads; the next test must not inherit it."""
+    torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; run by make test-slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        slow = pytest.mark.skip(reason="slow: run by make test-slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(slow)
+
+
+def pytest_terminal_summary(terminalreporter):
+    images = f"the real images in {real_data()}" if real_data() else "the built-in shapes"
+    terminalreporter.write_line(f"Tested on {images}.")
+    for what, how_many in COMPARED.items():
+        terminalreporter.write_line(f"compared: {how_many} {what}")

@@ -1,0 +1,255 @@
+"""What people type, and what they type wrongly: one sentence, exit status 2, nothing lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import SIDES, count, load_lesson
+
+from common.data import CIFAR10
+from common.parity import main as parity
+from common.runs import FILES, ROOT
+from common.sidebyside import main as sidebyside
+
+GPU = torch.cuda.is_available()
+NOT_A_FOLDER = ROOT / "Makefile" / "folder"
+
+BAD = {
+    "unknown option": (["--foo"], "--foo"),
+    "abbreviated option": (["--max-epoch", "3"], "--max-epoch"),
+    "value missing": (["--max-epochs"], "expected one argument"),
+    "unknown optimizer": (["--optimizer", "rmsprop"], "'sgd', 'adam'"),
+    "unknown data": (["--data", "mnist"], "cifar10"),
+    "batch size 0": (["--batch-size", "0"], "--batch-size: expected a whole number from 1 on"),
+    "batch size in words": (["--batch-size", "four"], "got 'four'"),
+    "batch size with a point": (["--batch-size", "4.5"], "got '4.5'"),
+    "negative epochs": (["--max-epochs", "-1"], "--max-epochs: expected a whole number from 1"),
+    "no epochs": (["--max-epochs", "0"], "--max-epochs"),
+    "steps 0": (["--max-steps", "0"], "--max-steps"),
+    "learning rate 0": (["--lr", "0"], "--lr: expected a number above 0"),
+    "learning rate nan": (["--lr", "nan"], "--lr"),
+    "learning rate inf": (["--lr", "inf"], "--lr"),
+    "negative seed": (["--seed", "-1"], "--seed"),
+    "too large a seed": (["--seed", "4294967296"], "--seed"),
+    "limit 0": (["--limit-train-batches", "0"], "--limit-train-batches"),
+    "limit above 1": (["--limit-val-batches", "1.5"], "--limit-val-batches"),
+    "share below one batch": (["--data", "shapes", "--limit-test-batches", "0.01"], "less than"),
+    "threads 0": (["--threads", "0"], "--threads"),
+    "negative workers": (["--num-workers", "-1"], "--num-workers"),
+    "devices 0": (["--devices", "0"], "--devices"),
+    "too many devices": (["--devices", "64"], "--devices 64 was asked for"),
+    "two CPUs": (["--accelerator", "cpu", "--devices", "2"], "ask for fewer"),
+    "missing data folder": (["--data-dir", "no/such/folder"], "'no/such/folder' is not there"),
+    "runs folder below a file": (["--runs-dir", str(NOT_A_FOLDER)], "--runs-dir"),
+    "no network": (["--data", "cifar10"], "could not be downloaded"),
+}
+if not GPU:
+    BAD["no GPU"] = (["--accelerator", "cuda"], "PyTorch finds no such device")
+if not torch.backends.mps.is_available():
+    BAD["no MPS"] = (["--accelerator", "mps"], "PyTorch finds no such device")
+if sys.platform == "linux":
+    BAD["unwritable runs folder"] = (["--runs-dir", "/proc/runs"], "--runs-dir")
+    BAD["unwritable data folder"] = (["--data-dir", "/proc"], "nothing can be written there")
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(side, name, tmp_path, monkeypatch, capsys):
+    arguments, expected = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATA_DIR", raising=False)
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nobody")
+    kept = tmp_path / "runs" / "cifar" / side / "result.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("an earlier result")
+    monkeypatch.setattr(sys, "argv", ["cifar.py", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        load_lesson(side, "cifar").main()
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    assert expected in said
+    assert kept.read_text() == "an earlier result"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [kept]
+    count("bad inputs")
+
+
+def test_there_are_bad_inputs():
+    assert len(BAD) >= 27
+
+
+def run(side, *arguments, **settings):
+    command = [sys.executable, str(ROOT / side / "cifar.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, **settings)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_bad_input_from_the_shell(side, tmp_path):
+    ended = run(side, "--batch-size", "0", cwd=tmp_path)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+
+
+def test_help_explains_every_option_with_its_default(capsys, monkeypatch):
+    texts = []
+    for side in SIDES:
+        monkeypatch.setattr(sys, "argv", ["cifar.py", "--help"])
+        with pytest.raises(SystemExit) as exit_:
+            load_lesson(side, "cifar").main()
+        assert exit_.value.code == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    options = """
+        max-epochs max-steps limit-train-batches limit-val-batches limit-test-batches batch-size
+        lr optimizer seed data data-dir accelerator devices threads num-workers runs-dir
+        log-every-n-steps
+    """.split()
+    for option in options:
+        assert f"--{option} " in texts[0], option
+    assert texts[0].count("(default:") == len(options) == 17
+
+
+SMALL = """
+    --data shapes --max-epochs 1 --limit-train-batches 50 --limit-val-batches 1
+    --limit-test-batches 2 --log-every-n-steps 20
+""".split()
+
+
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory):
+    """Both sides from the shell, and then the proof, twice."""
+    folder = tmp_path_factory.mktemp("main job")
+    arguments = [*SMALL, "--runs-dir", str(folder)]
+    ended = {side: run(side, *arguments) for side in SIDES}
+    command = [sys.executable, "-m", "common.parity", "cifar", *arguments]
+    ended["parity"] = subprocess.run(command, capture_output=True, text=True)
+    return folder, arguments, ended
+
+
+def test_the_main_job(main_job):
+    folder, _, ended = main_job
+    tables = {}
+    for side in SIDES:
+        assert ended[side].returncode == 0, ended[side].stderr
+        assert "Total params: 62,006" in ended[side].stdout
+        assert "Data: shapes, 45,000 images" in ended[side].stdout
+        assert "Epoch 0, validation: loss" in ended[side].stdout or side == "lightning"
+        for noise in ("Tip", "GPU available", "Warning", "deprecated", "Traceback"):
+            assert noise not in ended[side].stdout + ended[side].stderr, noise
+        lines = ended[side].stdout.splitlines()
+        table = [line for line in lines if "│" in line and "seconds" not in line]
+        tables[side] = table
+        assert {path.name for path in (folder / "cifar" / side).iterdir()} == set(FILES)
+    assert tables["plain"] == tables["lightning"] and len(tables["plain"]) == 16
+
+
+def test_parity_does_not_run_again_what_was_run(main_job):
+    ended = main_job[2]["parity"]
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "has not been run" not in ended.stdout
+    assert ended.stdout.count("equal, bit for bit") == 6 and "The two sides agree" in ended.stdout
+
+
+def test_parity_runs_the_side_that_is_missing_or_of_other_settings(main_job, monkeypatch, capsys):
+    arguments = main_job[1]
+    monkeypatch.setattr("common.parity._is_of", lambda result, side, *_: side == "lightning")
+    commands = []
+
+    def instead(command):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", instead)
+    assert parity(["cifar", *arguments]) == 0
+    assert [command[1] for command in commands] == [str(ROOT / "plain" / "cifar.py")]
+    assert commands[0][2:] == arguments
+    assert "The plain side has not been run with these settings" in capsys.readouterr().out
+
+
+def test_results_of_other_settings_data_or_code_are_not_reused(main_job, monkeypatch, tmp_path):
+    from dataclasses import replace
+
+    from common import parity as module
+    from common.options import parse_options
+
+    recipe, options = parse_options("cifar", main_job[1])
+    result = module._read("plain", recipe, options)
+    assert module._is_of(result, "plain", recipe, options)
+    assert not module._is_of(result, "plain", replace(recipe, lr=0.5), options)
+    assert not module._is_of(result, "plain", recipe, replace(options, threads=2))
+    assert not module._is_of(result, "plain", recipe, replace(options, max_steps=7))
+    assert not module._is_of({}, "plain", recipe, options)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "code_sha256", lambda side: "edited")
+        assert not module._is_of(result, "plain", recipe, options)
+    # The shapes stood in; now the real images are there.
+    result["hyperparameters"]["data"] = "auto"
+    auto = replace(options, data="auto", data_dir=tmp_path)
+    assert module._is_of(result, "plain", recipe, auto)
+    (tmp_path / CIFAR10.base_folder).mkdir()
+    assert not module._is_of(result, "plain", recipe, auto)
+
+
+def test_parity_says_that_sides_differ(main_job, monkeypatch, capsys):
+    import json
+
+    folder, arguments, _ = main_job
+    monkeypatch.setattr("common.parity._is_of", lambda *_: True)
+    path = folder / "cifar" / "plain" / "result.json"
+    text = path.read_text()
+    result = json.loads(text)
+    result["train_loss"][30] += 1e-7
+    path.write_text(json.dumps(result))
+    assert parity(["cifar", *arguments]) == 1
+    said = capsys.readouterr().out
+    assert "DIFFERENT: loss of step 31" in said and "The two sides differ, first in: steps" in said
+    path.write_text(text)
+
+
+def test_unknown_lessons():
+    for command in (parity, sidebyside):
+        with pytest.raises(Exception, match=r"there is no lesson 'nope'; there are: cifar"):
+            command(["nope"])
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_ctrl_c_ends_with_one_sentence_and_keeps_what_was_written(side, tmp_path):
+    arguments = ["--data", "shapes", "--log-every-n-steps", "50", "--runs-dir", str(tmp_path)]
+    folder = tmp_path / "cifar" / side
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("an earlier result")
+    command = [sys.executable, str(ROOT / side / "cifar.py"), *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics = folder / "metrics.csv"
+    for _ in range(1200):
+        if metrics.exists() and metrics.read_text().count("\n") >= 4:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.strip().splitlines()[-1].startswith("Stopped by Ctrl-C; what was logged")
+    assert "Traceback" not in said and len(said.strip().splitlines()) == 1
+    rows = metrics.read_text().splitlines()
+    assert len(rows) >= 4 and rows[-1].count(",") == rows[0].count(",")
+    # No result of an earlier run beside the metrics of this one.
+    assert [path.name for path in folder.iterdir()] == ["metrics.csv"]
+
+
+def test_side_by_side(capsys):
+    sidebyside(["cifar"])
+    with_comments = capsys.readouterr().out
+    sidebyside(["cifar", "--no-comments"])
+    without = capsys.readouterr().out
+    assert "#:" in with_comments and "#:" not in without
+    assert "\x1b[" in without  # in colour
+    for title in ("Imports", "Metrics", "Fit", "Run"):
+        assert any(line.count(title) == 2 for line in without.splitlines()), title
+    pairs = [line for line in without.splitlines() if line.count("torch.optim.Adam") == 2]
+    assert len(pairs) == 1  # what corresponds stands in one row

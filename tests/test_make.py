@@ -1,0 +1,82 @@
+"""The Makefile: what it prints, and what it says where Python is missing."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from helpers import count, lessons
+
+from common.runs import ROOT
+
+
+def make(*arguments, cwd=ROOT):
+    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def test_make_alone_prints_every_target():
+    ended = make()
+    assert ended.returncode == 0
+    text = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z][a-z%-]*):", text, re.MULTILINE)
+    assert len(targets) >= 11
+    for target in targets:
+        for name in lessons() if "%" in target else [""]:
+            line = rf"^  make {target.replace('%', name)} +\S.*$"
+            assert len(re.findall(line, ended.stdout, re.MULTILINE)) == 1, target
+            count("targets explained")
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """The Makefile and the lock, not set up."""
+    for name in ("Makefile", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def one_sentence(ended):
+    assert ended.returncode == 2
+    lines = [line for line in ended.stderr.splitlines() if not line.startswith("make: ***")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), ended.stderr
+    return lines[0]
+
+
+def test_python_missing(fresh):
+    assert "there is no 'python-nowhere'" in one_sentence(
+        make("test", "PYTHON=python-nowhere", cwd=fresh)
+    )
+    assert not (fresh / ".venv").exists()
+
+
+@pytest.mark.parametrize("version", ["3.10.2", "3.16.0"])
+def test_python_too_old_or_too_new(fresh, version):
+    old = fresh / "python-other"
+    old.write_text(f'#!/bin/sh\n[ "$1" = -V ] && echo "Python {version}"\nexit 1\n')
+    old.chmod(0o755)
+    sentence = one_sentence(make("test", f"PYTHON={old}", cwd=fresh))
+    assert f"Python {version}" in sentence and "3.11 to 3.15" in sentence
+    assert not (fresh / ".venv").exists()
+
+
+def test_no_second_set_up_unless_the_lock_changed(fresh):
+    ready = fresh / ".venv" / "ready"
+    ready.parent.mkdir()
+    ready.touch()
+    assert "Setting up" not in make("--dry-run", "test", cwd=fresh).stdout
+    assert "Setting up" not in make("--dry-run", "plain-cifar", cwd=fresh).stdout
+    (fresh / "requirements.lock").touch()
+    assert "Setting up" in make("--dry-run", "test", cwd=fresh).stdout
+
+
+def test_arguments_are_passed_on(fresh):
+    (fresh / ".venv").mkdir()
+    (fresh / ".venv" / "ready").touch()
+    for target, command in (
+        ("plain-cifar", "plain/cifar.py"),
+        ("lightning-cifar", "lightning/cifar.py"),
+        ("parity-cifar", "-m common.parity cifar"),
+        ("diff-cifar", "-m common.sidebyside cifar"),
+    ):
+        said = make("--dry-run", target, "ARGS=--max-epochs 5", cwd=fresh).stdout
+        assert f"{command} --max-epochs 5" in said

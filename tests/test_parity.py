@@ -1,0 +1,132 @@
+"""Both sides reach the same bits, for every combination of what can change."""
+
+import csv
+import itertools
+
+import pytest
+import torch
+from helpers import SIDES, count, lessons, load_lesson, small_data, train
+
+from common.models import Net
+from common.parity import compare
+
+STAGES = ["data", "start", "steps", "weights", "optimizer", "random", "metrics"]
+# 120 images: batches of 8 divide them, batches of 16 leave a last one of 8.
+GRID = list(itertools.product((0, 1, 2), (2, 3), (8, 16), ("sgd", "adam"), (1, 2)))
+
+
+def both(tmp_path, monkeypatch, **settings):
+    return [train(side, tmp_path, monkeypatch, **settings) for side in SIDES]
+
+
+def assert_same(plain, lightning, steps):
+    comparison = compare(plain.result(), lightning.result())
+    assert comparison.agree, comparison.first_difference
+    assert [stage.name for stage in comparison.stages] == STAGES
+    assert all(stage.compared > 0 for stage in comparison.stages)
+    # The results hold fingerprints; the tensors themselves must be equal too.
+    a, b = plain.model.state_dict(), lightning.model.state_dict()
+    assert a.keys() == b.keys() and len(a) > 0
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert len(plain.train_loss) == len(lightning.train_loss) == steps
+    count("pairs of runs, bit for bit")
+
+
+def test_every_combination(tmp_path, monkeypatch):
+    assert len(GRID) == 48
+    last = {}
+    for seed, epochs, batch_size, optimizer, threads in GRID:
+        runs = both(tmp_path, monkeypatch, seed=seed, max_epochs=epochs, batch_size=batch_size,
+                    optimizer=optimizer, threads=threads)  # fmt: skip
+        assert_same(*runs, steps=epochs * -(-120 // batch_size))
+        last[seed, epochs, batch_size, optimizer, threads] = runs[0].result()["weights_sha256"]
+    # The settings reach the training: but for the threads, no two give the same weights.
+    assert len({sha for key, sha in last.items() if key[-1] == 1}) == 24
+
+
+def test_the_lessons_own_network_learns(tmp_path, monkeypatch):
+    data = small_data(train=1200)
+    settings = dict(data=data, model=Net, max_epochs=6, batch_size=4, optimizer="adam", lr=1e-3)
+    plain, lightning = both(tmp_path, monkeypatch, **settings)
+    assert_same(plain, lightning, steps=1800)
+    first, last = sum(plain.train_loss[:300]), sum(plain.train_loss[-300:])
+    assert last < 0.9 * first
+    assert len(plain.val) == 6
+
+
+@pytest.mark.parametrize(
+    "settings, steps, validations",
+    [
+        (dict(limit_train_batches=4), 8, 2),
+        (dict(limit_train_batches=0.5), 14, 2),
+        (dict(max_steps=20), 20, 1),  # in the middle of the second epoch: no validation there
+        (dict(max_steps=15), 15, 1),  # just at the end of the first: validated
+        (dict(max_steps=99), 30, 2),
+        (dict(limit_val_batches=2, limit_test_batches=0.5), 30, 2),
+        (dict(batch_size=1000), 2, 2),
+        (dict(num_workers=2), 30, 2),
+        (dict(num_workers=1, max_steps=17), 17, 1),
+    ],
+)
+def test_limits_and_workers(tmp_path, monkeypatch, settings, steps, validations):
+    plain, lightning = both(tmp_path, monkeypatch, **settings)
+    assert_same(plain, lightning, steps)
+    assert len(plain.val) == len(lightning.val) == validations
+
+
+def test_metrics_csv_is_the_same_file(tmp_path, monkeypatch):
+    both(tmp_path, monkeypatch)
+    tables = []
+    for side in SIDES:
+        with (tmp_path / "cifar" / side / "metrics.csv").open(newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    assert len(tables[0]) == len(tables[1]) == 6 + 2 + 1  # running losses, validations, test
+    for ours, theirs in zip(*tables, strict=True):
+        assert list(ours) == list(theirs)
+        for name in ours:
+            assert (ours[name] == "") == (theirs[name] == "")
+            assert not ours[name] or float(ours[name]) == pytest.approx(float(theirs[name]), 1e-6)
+
+
+def test_every_step_leaves_the_same_gradients_and_weights(tmp_path, monkeypatch):
+    """What the results do not hold: each batch, gradient and weight, after every single step."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    traces = []
+    for side in SIDES:
+        trace, inputs = [], []
+
+        def after_step(optimizer, args, kwargs, trace=trace):
+            parameters = optimizer.param_groups[0]["params"]
+            trace.append([(p.detach().clone(), p.grad.clone()) for p in parameters])
+
+        def before_forward(module, args, inputs=inputs):
+            if isinstance(module, Net) and module.training:
+                inputs.append(args[0].clone())
+
+        hooks = [
+            register_optimizer_step_post_hook(after_step),
+            torch.nn.modules.module.register_module_forward_pre_hook(before_forward),
+        ]
+        try:
+            train(side, tmp_path, monkeypatch, model=Net, optimizer="adam")
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # torchsummary's forward pass, on two images, comes first.
+        assert len(trace) == 30 and len(inputs) == 31
+        traces.append((trace, inputs[1:]))
+    for ours, theirs in zip(traces[0][1], traces[1][1], strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(traces[0][0], traces[1][0], strict=True):
+        for (weight, gradient), (weight2, gradient2) in zip(ours, theirs, strict=True):
+            assert torch.equal(weight, weight2) and torch.equal(gradient, gradient2)
+    count("steps, gradients and weights", 30)
+
+
+def test_every_lesson_has_a_run_and_a_main():
+    for name in lessons():
+        for side in SIDES:
+            module = load_lesson(side, name)
+            assert callable(module.run) and callable(module.main)
+            count("scripts loaded")

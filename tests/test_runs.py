@@ -1,0 +1,137 @@
+"""What a run computes and leaves behind."""
+
+import hashlib
+import json
+import math
+
+import pytest
+import torch
+import torchmetrics.functional.classification as tm
+from helpers import SIDES, count, load_lesson, small_data, train
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import runs
+from common.models import Net
+from common.options import count_batches, default_threads
+from common.runs import FILES, finish
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=60))
+def test_metrics_by_hand_equal_torchmetrics(pairs):
+    """Also where classes are absent from the truth, from the predictions, or from both."""
+    truth, predicted = torch.tensor(pairs).T
+    confusion = torch.bincount(10 * truth + predicted, minlength=100).reshape(10, 10)
+    ours = METRICS(2.5 * len(pairs), confusion)
+    close = dict(rel=1e-6, abs=1e-7)
+    assert ours["confusion"] == tm.multiclass_confusion_matrix(predicted, truth, 10).tolist()
+    for name, theirs in {
+        "accuracy": tm.multiclass_accuracy(predicted, truth, 10, average="micro"),
+        "f1": tm.multiclass_f1_score(predicted, truth, 10, average="macro"),
+        "accuracy_per_class": tm.multiclass_accuracy(predicted, truth, 10, average="none"),
+    }.items():
+        assert ours[name] == pytest.approx(theirs.tolist(), **close), name
+    assert ours["loss"] == 2.5
+
+
+METRICS = load_lesson("plain", "cifar").metrics
+
+
+def test_the_tutorials_network():
+    assert sum(parameter.numel() for parameter in Net().parameters()) == 62_006
+    assert Net()(torch.zeros(4, 3, 32, 32)).shape == (4, 10)
+
+
+def test_limits_follow_the_trainers_rule():
+    from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
+
+    for total in (1, 7, 100, 11_250):
+        for limit in (1, 5, 1000, 1.0, 0.5, 0.999, 0.1):
+            if int(total * limit) < 1:
+                continue
+            theirs = _parse_num_batches("training", total, limit)
+            assert count_batches(total, limit) == theirs, (total, limit)
+            count("limits")
+
+
+def test_threads_follow_the_batch():
+    assert default_threads(4) == default_threads(63) == 1
+    assert 1 <= default_threads(64) <= 8
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_files(side, tmp_path, monkeypatch, capsys):
+    run = train(side, tmp_path, monkeypatch, model=Net)
+    finish(run)
+    folder = tmp_path / "cifar" / side
+    assert {path.name for path in folder.iterdir()} == set(FILES)
+    result = json.loads((folder / "result.json").read_text())
+    assert result == json.loads(json.dumps(run.result()))
+    for key in """
+        lesson side data seed hyperparameters versions device threads train_loss val_loss
+        val_accuracy val_f1 test_loss test_accuracy test_f1 test_accuracy_per_class
+        confusion_matrix train_seconds test_seconds weights_sha256
+    """.split():
+        assert key in result, key
+    assert result["side"] == side and result["threads"] == 1 and result["device"] == "cpu"
+    assert len(result["train_loss"]) == 30 and all(map(math.isfinite, result["train_loss"]))
+    assert [len(result[f"val_{name}"]) for name in ("loss", "accuracy", "f1")] == [2, 2, 2]
+    matrix = torch.tensor(result["confusion_matrix"])
+    assert matrix.shape == (10, 10) and matrix.sum() == 140
+    truth = small_data().test.labels
+    assert torch.equal(matrix.sum(1), truth.bincount(minlength=10))
+    assert result["test_accuracy"] == pytest.approx((matrix.diag().sum() / 140).item())
+    assert set(result["versions"]) >= {"python", "torch", "torchvision", "lightning"}
+    assert result["hyperparameters"]["lr"] == 0.02
+    # The weights load into the bare network, and give the same answers.
+    net = Net()
+    net.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+    images, labels = small_data().test.__getitems__(list(range(140)))
+    with torch.no_grad():
+        right = (net.eval()(images).argmax(1) == labels).sum()
+    assert right == matrix.diag().sum()
+    said = capsys.readouterr().out
+    assert "accuracy" in said and result["weights_sha256"][:16] in said
+    for name in FILES:
+        if name.endswith(".png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_dataparallel_leaves_no_prefix(tmp_path, monkeypatch):
+    """On a machine without GPU, DataParallel hands everything through: the wrapping is the same."""
+    one = train("plain", tmp_path, monkeypatch)
+    wrapped = []
+    original = torch.nn.DataParallel.__init__
+    monkeypatch.setattr(
+        torch.nn.DataParallel,
+        "__init__",
+        lambda self, *a, **k: wrapped.append(1) or original(self, *a, **k),
+    )
+    two = train("plain", tmp_path, monkeypatch, devices=2)
+    assert wrapped == [1]
+    assert list(one.model.state_dict()) == list(two.model.state_dict())
+    assert one.result()["weights_sha256"] == two.result()["weights_sha256"]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(b"before")
+
+    def break_off(temporary):
+        temporary.write_bytes(b"half")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        runs._write(path, break_off)
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_fingerprints_are_exact():
+    a = torch.zeros(3)
+    b = torch.tensor([0.0, 0.0, 1e-45])
+    assert runs.fingerprint(a) != runs.fingerprint(b)
+    assert runs.fingerprint(a)["sha256"] == hashlib.sha256(bytes(12)).hexdigest()
+    assert runs.fingerprint(a) != runs.fingerprint(a.double())
+    assert runs.fingerprint(a) != runs.fingerprint(a.view(3, 1))
+    assert runs.fingerprint(torch.ones(2, 3).T) == runs.fingerprint(torch.ones(3, 2))
