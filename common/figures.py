@@ -26,11 +26,11 @@ def _grid(images: Images, titles: list[str], colors: list[str], heading: str) ->
     rows = -(-len(titles) // 8)
     figure = Figure(figsize=(9, 1.45 * rows + 0.6), layout="constrained")
     figure.suptitle(heading)
-    axes = figure.subplots(rows, 8, squeeze=False).flat
+    axes = figure.subplots(rows, 8, squeeze=False).flatten()
     for axis in axes:
         axis.axis("off")
     for axis, image, title, color in zip(axes, images.images, titles, colors, strict=False):
-        axis.imshow(image.permute(1, 2, 0))
+        axis.imshow(image.permute(1, 2, 0).numpy())
         axis.set_title(title, fontsize=7, color=color)
     return figure
 
@@ -47,19 +47,20 @@ def _curves(result: dict[str, Any]) -> Figure:
     left, right = figure.subplots(1, 2)
     losses = torch.tensor(result["train_loss"])
     window = max(1, len(losses) // 20)
-    means = losses.unfold(0, window, 1).mean(1)
+    means = losses.unfold(0, window, 1).mean(1).numpy()
     left.plot(
         range(1, len(losses) + 1), losses, color="lightgray", linewidth=0.3, label="each step"
     )
     left.plot(range(window, len(losses) + 1), means, label=f"mean of {window:,} steps")
-    left.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, 1.1 * means.max().item()))
+    left.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, 1.1 * means.max()))
     epochs = range(1, len(result["val_loss"]) + 1)
     right.plot(epochs, result["val_accuracy"], "o-", label="validation accuracy")
     right.plot(epochs, result["val_f1"], "s--", label="validation macro F1")
     right.axhline(result["test_accuracy"], color="gray", linestyle=":", label="test accuracy")
     right.set(xlabel="epoch", ylabel="share of 1", ylim=(0, 1), xticks=list(epochs)[:20])
     for axis in (left, right):
-        axis.legend()
+        for line in axis.legend().get_lines():
+            line.set_linewidth(1.5)  # that of the single steps is too thin to be seen
     return figure
 
 
@@ -73,7 +74,7 @@ def _confusion(data: Data, result: dict[str, Any]) -> Figure:
         f"{result['lesson']}, {result['side']}, test on {result['data']}: "
         f"{result['test_accuracy']:.2%} right"
     )
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     places = range(len(data.classes))
     axis.set_xticks(places, data.classes, rotation=45, ha="right")
     axis.set_yticks(places, data.classes)
