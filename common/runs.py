@@ -74,7 +74,7 @@ class Run:
             "seed": self.recipe.seed,
             "hyperparameters": hyperparameters(self.recipe, self.options),
             "versions": versions(),
-            "device": str(self.device),
+            "device": self.device.type,  # without the number that one side gives: cuda, cuda:0
             "threads": self.options.threads,
             "train_loss": self.train_loss,
             "val_loss": [epoch["loss"] for epoch in self.val],

@@ -28,6 +28,7 @@ if processes()[0] == 0:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_batch(tmp_path, monkeypatch):
     one = train("plain", tmp_path, monkeypatch, model=Net)
     # DDP starts its processes by running the script anew: it needs one of its own.
