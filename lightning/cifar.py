@@ -66,7 +66,7 @@ class LitClassifier(L.LightningModule):
         images, labels = batch
         loss = F.cross_entropy(self.model(images), labels)
         self.losses.append(loss.detach())
-        #: self.log in every step would cost about as much as the step: log what is due.
+        #: self.log takes time even where nothing is written: call it when the value is due.
         if len(self.losses) % self.every == 0:
             running = torch.stack(self.losses[-self.every :]).mean()
             self.log("train_loss", running, prog_bar=True, sync_dist=True)

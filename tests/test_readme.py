@@ -7,8 +7,10 @@ import sys
 
 import pytest
 from helpers import SIDES, count, real_data
+from test_negative_controls import CHANGES
 
 from common.runs import ROOT
+from common.sidebyside import cells
 
 README = (ROOT / "README.md").read_text()
 
@@ -42,6 +44,17 @@ def test_the_commands_exist():
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
     for path in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_the_exercises_are_tested_changes():
+    page = (ROOT / "docs" / "cifar.md").read_text()
+    rows = re.findall(r"^\| (.+) \| (plain|lightning) \| (\w+) \|$", page, re.MULTILINE)
+    assert len(rows) >= 14
+    for name, side, stage in rows:
+        assert CHANGES[name][:2] == (side, stage), name
+        count("exercises")
+    titles = re.findall(r"^\| ([A-Z][^|]+?) \|", page, re.MULTILINE)
+    assert titles == [title for title in cells((ROOT / "plain" / "cifar.py").read_text()) if title]
 
 
 @pytest.mark.slow
