@@ -21,17 +21,20 @@ help: ## print these lines
 				target = $$1; text = $$2; gsub(/%/, names[i], target); gsub(/NAME/, names[i], text); \
 				printf "  make %-18s %s\n", target, text } }' Makefile
 
-plain-%: .venv/ready FORCE ## train NAME with the loop written by hand; ARGS="--help" lists its options
+plain-%: lesson-% .venv/ready FORCE ## train NAME with the loop written by hand; ARGS="--help" lists its options
 	@$(BIN)/python plain/$*.py $(ARGS)
 
-lightning-%: .venv/ready FORCE ## train NAME with Lightning's Trainer; the same options
+lightning-%: lesson-% .venv/ready FORCE ## train NAME with Lightning's Trainer; the same options
 	@$(BIN)/python lightning/$*.py $(ARGS)
 
-parity-%: .venv/ready FORCE ## prove that both sides of NAME do the same; the same options
+parity-%: lesson-% .venv/ready FORCE ## prove that both sides of NAME do the same; the same options
 	@$(BIN)/python -m common.parity $* $(ARGS)
 
-diff-%: .venv/ready FORCE ## show both sides of NAME side by side; ARGS="--no-comments" leaves out the lesson
+diff-%: lesson-% .venv/ready FORCE ## show both sides of NAME side by side; ARGS="--no-comments" leaves out the lesson
 	@$(BIN)/python -m common.sidebyside $* $(ARGS)
+
+lesson-%: FORCE
+	@test -f plain/$*.py || { echo "error: there is no lesson '$*'; there are: $(LESSONS)." >&2; exit 2; }
 
 test: .venv/ready ## run the tests (without network; with the real images where DATA_DIR names them)
 	@$(BIN)/python -m pytest $(ARGS)
@@ -72,7 +75,8 @@ clean: ## remove .venv and what the tools left; runs/ and data/ stay
 	@if command -v uv >/dev/null; then uv venv --quiet --python $(PYTHON) .venv; else \
 		$(PYTHON) -m venv .venv && sed -n '/^uv==/,/# via/p' requirements.lock >.venv/uv.txt && \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.txt; fi
+# On a terminal uv shows how far it is.
 	@uv=$$(command -v uv || echo $(BIN)/uv) && \
-		$$uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock && \
+		$$uv pip sync $$(test -t 2 || echo --quiet) --python $(BIN)/python --require-hashes requirements.lock && \
 		$$uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -5,6 +5,11 @@ That takes 1 ms for 128 images; opened one by one through PIL they take 33 ms, l
 training step itself.
 """
 
+from common import shapes
+from common.messages import BadInput
+from common.options import Options, count_batches, is_writable
+from common.recipes import Recipe
+
 import math
 import os
 import socket
@@ -23,10 +28,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 from torchvision.transforms import Normalize
-
-from common import shapes
-from common.options import BadInput, Options, count_batches, is_writable
-from common.recipes import Recipe
 
 VALIDATION = 5_000  # images taken out of the 50,000 to train on
 # Evaluation keeps no gradients, so that large batches fit. The last one is short (5,000 = 9 * 512
@@ -205,6 +206,13 @@ def _split(name: str, classes: tuple[str, ...], train: Images, test: Images, see
 
 
 def _real_cifar10(folder: Path, seed: int) -> Data:
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--data-dir '{folder}' is a file; name the folder that holds the images.")
+    if (folder / CIFAR10.train_list[0][0]).exists():
+        raise BadInput(
+            f"--data-dir '{folder}' holds the data files themselves; name the folder above it, "
+            f"'{folder.absolute().parent}', in which they lie as {CIFAR10.base_folder}."
+        )
     if folder != Options.data_dir and not folder.is_dir():
         raise BadInput(
             f"the data folder '{folder}' is not there; create it, or leave out --data-dir and "
@@ -239,7 +247,7 @@ def _check_cifar10(folder: Path) -> None:
 def _download_cifar10(folder: Path) -> None:
     """Bring CIFAR-10 into `folder`, whole or not at all.
 
-    Raises Unreachable, within NETWORK_SECONDS where there is no network.
+    Raises Unreachable: within NETWORK_SECONDS where the server does not answer at all.
     """
     if folder.exists() and not is_writable(folder):
         raise BadInput(
@@ -282,14 +290,14 @@ def _probe(url: str) -> None:
             request = urllib.request.Request(url, method="HEAD")
             urllib.request.urlopen(request, timeout=NETWORK_SECONDS).close()
             problem.append("")
-        except OSError as error:
-            problem.append(f"no network: {getattr(error, 'reason', error)}")
+        except Exception as error:  # a proxy can raise anything; the thread must say what it was
+            problem.append(f"the server was not reached: {getattr(error, 'reason', error)}")
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(NETWORK_SECONDS)
     if not problem:
-        raise Unreachable(f"no network: no answer in {NETWORK_SECONDS:.0f} seconds")
+        raise Unreachable(f"the server gave no answer in {NETWORK_SECONDS:.0f} seconds")
     if problem[0]:
         raise Unreachable(problem[0])
 

@@ -1,12 +1,14 @@
 """The pictures of a run, drawn with matplotlib from what the run measured."""
 
+from common.data import Data, Images
+
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-
-from common.data import Data, Images
 
 SHOWN = 32  # images in a grid, eight in a row
 
@@ -45,19 +47,21 @@ def _curves(result: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(f"{result['lesson']}, {result['side']}, on {result['data']}")
     left, right = figure.subplots(1, 2)
-    losses = torch.tensor(result["train_loss"])
+    losses = torch.tensor([math.nan if x is None else x for x in result["train_loss"]])
     window = max(1, len(losses) // 20)
     means = losses.unfold(0, window, 1).mean(1).numpy()
     left.plot(
         range(1, len(losses) + 1), losses, color="lightgray", linewidth=0.3, label="each step"
     )
     left.plot(range(window, len(losses) + 1), means, label=f"mean of {window:,} steps")
-    left.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, 1.1 * means.max()))
+    left.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, None))
+    if np.isfinite(means).any():
+        left.set_ylim(0, 1.1 * means[np.isfinite(means)].max())
     epochs = range(1, len(result["val_loss"]) + 1)
     right.plot(epochs, result["val_accuracy"], "o-", label="validation accuracy")
     right.plot(epochs, result["val_f1"], "s--", label="validation macro F1")
     right.axhline(result["test_accuracy"], color="gray", linestyle=":", label="test accuracy")
-    right.set(xlabel="epoch", ylabel="share of 1", ylim=(0, 1), xticks=list(epochs)[:20])
+    right.set(xlabel="epoch", ylabel="score, from 0 to 1", ylim=(0, 1), xticks=list(epochs)[:20])
     for axis in (left, right):
         for line in axis.legend().get_lines():
             line.set_linewidth(1.5)  # that of the single steps is too thin to be seen

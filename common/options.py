@@ -1,28 +1,22 @@
-"""The command line that both sides share, and how a run ends when something is wrong.
+"""The command line that both sides share.
 
 An option that Lightning's Trainer has carries the Trainer's name and means the same.
 """
 
+from common.messages import BadInput, Parser
+from common.recipes import RECIPES, Recipe
+
 import argparse
 import contextlib
-import logging
 import math
 import os
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-
-from common.recipes import RECIPES, Recipe
-
-
-class BadInput(Exception):
-    """Something that the user can mend; the text says in one sentence what, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +46,17 @@ def parse_options(lesson: str, argv: Sequence[str] | None = None) -> tuple[Recip
     """Read the command line of one lesson (`argv`, else sys.argv).
 
     Raises SystemExit(2), after one sentence on stderr, for an unknown option or a value that
-    cannot be; SystemExit(0) after `--help`.
+    cannot be; SystemExit(0) after `--help`; BadInput for devices that this machine does not have
+    and for a folder that cannot take results.
     """
     given = vars(_parser(RECIPES[lesson]).parse_args(argv))
     of_recipe = ("max_epochs", "batch_size", "lr", "optimizer", "seed")
     recipe = replace(RECIPES[lesson], **{name: given.pop(name) for name in of_recipe})
-    if given["threads"] is None:
+    if given["threads"] == "auto":
         given["threads"] = default_threads(recipe.batch_size)
     options = Options(**given)
-    with clear_messages():
-        _check_devices(recipe, options)
-        _check_runs_dir(options.runs_dir)
+    _check_devices(recipe, options)
+    _check_runs_dir(options.runs_dir)
     return recipe, options
 
 
@@ -92,47 +86,6 @@ def count_batches(total: int, limit: int | float) -> int:
     return min(limit, total) if isinstance(limit, int) else int(limit * total)
 
 
-@contextlib.contextmanager
-def clear_messages() -> Iterator[None]:
-    """Say in one sentence what the user can mend, and leave with 2, or with 130 after Ctrl-C.
-
-    Also keeps Lightning's advertisements and notes off the screen, and three warnings: one advises
-    processes that load data, which would cost more than our batches take; one is about Lightning's
-    own code; one says that there are fewer steps than `--log-every-n-steps`.
-    """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for text in ("does not have many workers", "LeafSpec", "log_every_n_steps"):
-        warnings.filterwarnings("ignore", f".*{text}")
-    try:
-        yield
-    except BadInput as error:
-        _exit(f"error: {error}", status=2)
-    except OSError as error:
-        _exit(f"error: the system refused a file or folder: {error}.", status=2)
-    except (KeyboardInterrupt, SystemExit) as error:
-        # The Trainer catches Ctrl-C itself and leaves with SystemExit(1).
-        stopped = isinstance(error, KeyboardInterrupt) or isinstance(
-            error.__context__, KeyboardInterrupt
-        )
-        if not stopped:
-            raise
-        _exit("Stopped by Ctrl-C; what was logged until now stays in metrics.csv.", status=130)
-
-
-def _exit(sentence: str, status: int) -> NoReturn:
-    # The bars may have left the cursor in the middle of a line.
-    sys.stdout.flush()
-    print(f"\n{sentence}" if status == 130 else sentence, file=sys.stderr)
-    raise SystemExit(status) from None
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose refusals are one sentence, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        _exit(f"error: {message}; see --help.", status=2)
-
-
 def _number(
     kind: type[int] | type[float], fits: Callable[[float], bool], wanted: str
 ) -> Callable[[str], int | float]:
@@ -158,56 +111,61 @@ def _limit(text: str) -> int | float:
     return _number(float, lambda value: 0 < value <= 1, wanted)(text)
 
 
+def _threads(text: str) -> int | float | str:
+    cores = os.cpu_count() or 1
+    wanted = f"auto, or a whole number from 1 to {cores}, as many as this machine has"
+    return text if text == "auto" else _number(int, lambda value: 1 <= value <= cores, wanted)(text)
+
+
 def _parser(recipe: Recipe) -> Parser:
-    count = _number(int, lambda value: value >= 1, "a whole number from 1 on")
+    count = _number(int, lambda value: 1 <= value <= 10**9, "a whole number from 1 on")
     parser = Parser(
-        description=f"Train and test the lesson '{recipe.lesson}'.",
+        description=f"Train and test the lesson '{recipe.lesson}'; for the proof, on both sides.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    what = parser.add_argument_group("what is trained").add_argument
-    what(
+    add = parser.add_argument_group("what is trained").add_argument
+    add(
         "--max-epochs",
         type=count,
         default=recipe.max_epochs,
         metavar="N",
         help="passes over the training set",
     )
-    what(
+    add(
         "--batch-size",
         type=count,
         default=recipe.batch_size,
         metavar="N",
         help="images in one optimizer step, over all devices together",
     )
-    what(
+    add(
         "--lr",
         type=_number(float, lambda value: 0 < value < math.inf, "a number above 0"),
         default=recipe.lr,
         metavar="X",
         help="learning rate",
     )
-    what(
+    add(
         "--optimizer",
         choices=("sgd", "adam"),
         default=recipe.optimizer,
-        help="sgd has momentum 0.9",
-    )
-    what(
-        "--seed",
-        default=recipe.seed,
-        metavar="N",
-        type=_number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2^32-1"),
-        help="draws validation set, initial weights and order of the batches",
+        help=f"sgd has momentum {recipe.momentum}",
     )
     add(
-        "--max-steps",
-        default=-1,
+        "--seed",
+        type=_number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2^32-1"),
+        default=recipe.seed,
         metavar="N",
-        type=_number(
-            int, lambda value: value == -1 or value >= 1, "a whole number from 1 on, or -1"
-        ),
+        help="draws validation set, initial weights and order of the batches",
+    )
+    steps = "a whole number from 1 on, or -1"
+    add = parser.add_argument_group("how much of it").add_argument
+    add(
+        "--max-steps",
+        type=_number(int, lambda value: value == -1 or 1 <= value <= 10**9, steps),
+        default=Options.max_steps,
+        metavar="N",
         help="stop after this many optimizer steps; -1: no limit",
     )
     for stage in ("train", "val", "test"):
@@ -218,6 +176,29 @@ def _parser(recipe: Recipe) -> Parser:
             metavar="N",
             help=f"{stage} batches to use: a number (10) or a share (0.1)",
         )
+    add = parser.add_argument_group("on what, where and how").add_argument
+    add(
+        "--data",
+        choices=("auto", recipe.data, "shapes"),
+        default=Options.data,
+        help=f"{recipe.data}: the real images or an error; shapes: the built-in drawings; "
+        f"auto: {recipe.data} if it is here or can be downloaded, else shapes",
+    )
+    add(
+        "--data-dir",
+        type=Path,
+        default=Path(os.environ.get("DATA_DIR") or Options.data_dir),
+        metavar="DIR",
+        help="folder with the real images (environment: DATA_DIR)",
+    )
+    add(
+        "--runs-dir",
+        type=Path,
+        default=Options.runs_dir,
+        metavar="DIR",
+        help=f"results go to DIR/{recipe.lesson}/SIDE/; the complete ones that are there move to "
+        f"DIR/{recipe.lesson}/SIDE.previous/",
+    )
     add(
         "--log-every-n-steps",
         type=count,
@@ -226,46 +207,25 @@ def _parser(recipe: Recipe) -> Parser:
         help="steps over which the running loss is averaged",
     )
     add(
-        "--data",
-        choices=("auto", recipe.data, "shapes"),
-        default="auto",
-        help=f"{recipe.data}: the real images or an error; shapes: the built-in drawings; "
-        f"auto: {recipe.data} if it is here or can be downloaded, else shapes",
-    )
-    add(
-        "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("DATA_DIR") or "data"),
-        metavar="DIR",
-        help="folder with the real images (environment: DATA_DIR)",
-    )
-    add(
         "--accelerator",
         choices=("auto", "cpu", "gpu", "cuda", "mps"),
-        default="auto",
+        default=Options.accelerator,
         help="auto: CUDA, else MPS, else the CPU; gpu: CUDA or MPS",
     )
-    add("--devices", type=count, default=1, metavar="N", help="GPUs to use")
+    add("--devices", type=count, default=Options.devices, metavar="N", help="GPUs to use")
     add(
         "--threads",
-        type=count,
-        default=None,
+        type=_threads,
+        default="auto",
         metavar="N",
-        help="CPU threads for one operation; None: 1 below batch size 64, else all cores",
+        help="CPU threads for one operation; auto: 1 below batch size 64, else up to 8",
     )
     add(
         "--num-workers",
-        type=_number(int, lambda value: value >= 0, "a whole number from 0 on"),
-        default=0,
+        type=_number(int, lambda value: 0 <= value <= 1000, "a whole number from 0 to 1000"),
+        default=Options.num_workers,
         metavar="N",
         help="processes that load batches; 0: the training one",
-    )
-    add(
-        "--runs-dir",
-        type=Path,
-        default=Path("runs"),
-        metavar="DIR",
-        help="results go to DIR/LESSON/SIDE/",
     )
     return parser
 
@@ -282,8 +242,8 @@ def _check_devices(recipe: Recipe, options: Options) -> None:
     gpus = torch.cuda.device_count() if options.accelerator in ("auto", "gpu", "cuda") else 0
     if options.devices > max(gpus, 1):
         raise BadInput(
-            f"--devices {options.devices} was asked for, but with --accelerator "
-            f"{options.accelerator} this machine has {max(gpus, 1)}; ask for fewer."
+            f"--devices {options.devices} asks for as many CUDA GPUs, but with --accelerator "
+            f"{options.accelerator} there are {gpus} here; use --devices {max(gpus, 1)}."
         )
     if recipe.batch_size % options.devices:
         raise BadInput(

@@ -5,6 +5,13 @@ compares the two results and prints a table. Exit status 0: all agree; 1: they d
 cannot be compared.
 """
 
+from common.data import is_here
+from common.messages import BadInput, clear_messages
+from common.options import Options, parse_options
+from common.recipes import RECIPES, Recipe
+from common.runs import ROOT, code_sha256, hyperparameters, run_folder, versions
+
+import contextlib
 import json
 import math
 import subprocess
@@ -15,11 +22,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-from common.data import is_here
-from common.options import BadInput, Options, clear_messages, parse_options
-from common.recipes import RECIPES, Recipe
-from common.runs import ROOT, code_sha256, hyperparameters, run_folder, versions
 
 Result = dict[str, Any]  # what common.runs.Run.result returns, and result.json holds
 
@@ -115,8 +117,10 @@ def _prints(part: str) -> Callable[[Result, Result], tuple[int, str | None]]:
             side = a["side"] if name in ours else b["side"]
             return len(ours), f"{name} is there only in {side}"
         for name in ours:
-            if not _same(ours[name], theirs[name]):
-                return len(ours), f"{name}: {_short(ours[name])} and {_short(theirs[name])}"
+            if ours[name] != theirs[name]:
+                return len(
+                    ours
+                ), f"{name}: {_sides(a, _short(ours[name]), b, _short(theirs[name]))}"
         return len(ours), None
 
     return check
@@ -126,12 +130,12 @@ def _steps(a: Result, b: Result) -> tuple[int, str | None]:
     """Check the loss of every optimizer step, and that the training did something."""
     ours, theirs = a["train_loss"], b["train_loss"]
     for step, (x, y) in enumerate(zip(ours, theirs, strict=False), start=1):
-        if not _same(x, y):
-            return len(ours), f"loss of step {step}: {x!r} and {y!r}"
-        if not math.isfinite(x):
-            return len(ours), f"loss of step {step} is {x} on both sides: nothing was learned"
+        if x != y:
+            return len(ours), f"loss of step {step}: {_sides(a, x, b, y)}"
+        if x is None:
+            return len(ours), f"loss of step {step} is no number on both sides: nothing was learned"
     if len(ours) != len(theirs):
-        return len(ours), f"{len(ours)} steps and {len(theirs)} steps"
+        return len(ours), f"number of steps: {_sides(a, len(ours), b, len(theirs))}"
     if a["fingerprints"]["start"] == a["fingerprints"]["weights"]:
         return len(ours), "the weights never changed: nothing was trained"
     return len(ours), None
@@ -145,22 +149,22 @@ def _metrics(a: Result, b: Result) -> tuple[int, str | None]:
     for name in AVERAGES:
         ours, theirs = _list(a[name]), _list(b[name])
         if len(ours) != len(theirs):
-            return compared, f"{name}: {len(ours)} epochs and {len(theirs)} epochs"
+            return compared, f"{name}, epochs: {_sides(a, len(ours), b, len(theirs))}"
         compared += len(ours)
         for x, y in zip(ours, theirs, strict=True):
             if not math.isclose(x, y, rel_tol=RELATIVE):
-                return compared, f"{name}: {x!r} and {y!r}"
+                return compared, f"{name}: {_sides(a, x, b, y)}"
     ours, theirs = a["test_accuracy_per_class"], b["test_accuracy_per_class"]
     for name in ours.keys() | theirs.keys():
         compared += 1
         if not math.isclose(ours.get(name, -1), theirs.get(name, -1), rel_tol=RELATIVE):
-            return compared, f"accuracy of {name}: {ours.get(name)} and {theirs.get(name)}"
+            return compared, f"accuracy of {name}: {_sides(a, ours.get(name), b, theirs.get(name))}"
     return compared, None
 
 
-def _same(x: Any, y: Any) -> bool:
-    """Tell whether two values are equal, a NaN being equal to a NaN."""
-    return x == y or (isinstance(x, float) and isinstance(y, float) and x != x and y != y)
+def _sides(a: Result, x: Any, b: Result, y: Any) -> str:
+    """Say which value is whose."""
+    return f"{a['side']} {x}, {b['side']} {y}"
 
 
 def _short(value: Any) -> str:
@@ -187,13 +191,19 @@ def main(argv: list[str]) -> int:
         if not _is_of(_read(side, recipe, options), side, recipe, options):
             print(f"The {side} side has not been run with these settings: running it.", flush=True)
             command = [sys.executable, str(ROOT / side / f"{lesson}.py"), *arguments]
-            status = subprocess.run(command).returncode
-            if status:
+            if status := _wait_for(subprocess.Popen(command)):
                 return status
     a, b = (_read(side, recipe, options) for side in SIDES)
     comparison = compare(a, b)
     show(a, b, comparison)
     return 0 if comparison.agree else 1
+
+
+def _wait_for(process: subprocess.Popen) -> int:
+    """Return the exit status; after Ctrl-C the other process says so and ends by itself."""
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            return process.wait()
 
 
 def _read(side: str, recipe: Recipe, options: Options) -> Result:
@@ -229,9 +239,9 @@ def show(a: Result, b: Result, comparison: Comparison) -> None:
     for stage in comparison.stages:
         verdict = "equal" + (f" within {RELATIVE}" if stage.name == "metrics" else ", bit for bit")
         if stage.difference is not None:
-            verdict = f"DIFFERENT: {stage.difference}"
+            verdict = "DIFFERENT"
         elif stage.compared == 0:
-            verdict = "not compared, after the difference above"
+            verdict = "not compared"
         table.add_row(NAMES[stage.name], f"{stage.compared:,}", verdict)
     table.add_section()
     for name in ("train_seconds", "test_seconds"):
@@ -242,7 +252,8 @@ def show(a: Result, b: Result, comparison: Comparison) -> None:
         steps, accuracy = len(a["train_loss"]), a["test_accuracy"]
         print(f"The two sides agree: {steps:,} steps, test accuracy {accuracy:.2%}.")
     else:
-        print(f"The two sides differ, first in: {comparison.first_difference.name}.")  # type: ignore[union-attr]
+        first = next(stage for stage in comparison.stages if stage.difference)
+        print(f"The two sides differ, first in {NAMES[first.name]}: {first.difference}.")
 
 
 NAMES = {

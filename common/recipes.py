@@ -1,19 +1,20 @@
 """What each lesson trains. Both sides of a pair read the same recipe."""
 
+from common.models import Net
+
 from dataclasses import dataclass
 
 from torch import nn
 
-from common.models import Net
-
 
 @dataclass(frozen=True)
 class Recipe:
-    """One lesson's training, in full; the command line can replace every value but the first three.
+    """One lesson's training, in full.
 
-    `lr` is the learning rate, `batch_size` the number of images in one optimizer step over all
-    devices together, `momentum` belongs to SGD alone, `seed` draws the validation set, the initial
-    weights and the order of the batches.
+    The command line can replace optimizer, lr, batch_size, max_epochs and seed. `lr` is the
+    learning rate, `batch_size` the number of images in one optimizer step over all devices
+    together, `momentum` belongs to SGD alone, `seed` draws the validation set, the initial weights
+    and the order of the batches.
     """
 
     lesson: str

@@ -1,13 +1,21 @@
 """What a run leaves behind: result.json, weights.pt, metrics.csv and pictures, and one table."""
 
+from common import figures
+from common.data import Data, Images, processes
+from common.messages import clear_messages
+from common.options import Options, count_batches, parse_options
+from common.recipes import Recipe
+
 import csv
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
 import platform
 import random
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,11 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
-from common import figures
-from common.data import Data, Images, processes
-from common.options import Options, count_batches
-from common.recipes import Recipe
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 FILES = (
@@ -65,8 +69,22 @@ class Run:
     seconds: tuple[float, float]
     random: dict[str, str] = field(default_factory=lambda: random_state())
 
+    def weights(self) -> bytes:
+        """Return the content of weights.pt: the state_dict, on the CPU."""
+        file = io.BytesIO()  # into a file by name, torch.save would write that name too
+        state = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+        torch.save(state, file)
+        return file.getvalue()
+
     def result(self) -> dict[str, Any]:
-        """Return what result.json holds, and all that `common.parity` compares."""
+        """Return what result.json holds, and all that `common.parity` compares.
+
+        A number that is not finite, as after too large a learning rate, becomes None: JSON has
+        no other word for it.
+        """
+        return _finite(self._result())
+
+    def _result(self) -> dict[str, Any]:
         return {
             "lesson": self.recipe.lesson,
             "side": self.side,
@@ -89,7 +107,7 @@ class Run:
             "confusion_matrix": self.test["confusion"],
             "train_seconds": self.seconds[0],
             "test_seconds": self.seconds[1],
-            "weights_sha256": _sha256(json.dumps(fingerprints(self.model.state_dict())).encode()),
+            "weights_sha256": _sha256(self.weights()),
             "code_sha256": code_sha256(self.side),
             "fingerprints": {
                 "data": self._data_fingerprints(),
@@ -123,11 +141,12 @@ class Run:
         """
         folder = run_folder(self.options, self.recipe.lesson, self.side)
         self.model.cpu().eval()
-        _write(folder / "weights.pt", lambda path: torch.save(self.model.state_dict(), path))
+        _write(folder / "weights.pt", lambda path: path.write_bytes(self.weights()))
         result = self.result()
         for name, figure in figures.draw(self.model, self.data, result).items():
             _write(folder / name, figure.savefig)
-        text = json.dumps(result, indent=1)
+        lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
+        text = "{\n" + ",\n".join(lines) + "\n}\n"  # a line for each name
         _write(folder / "result.json", lambda path: path.write_text(text))
         return folder
 
@@ -169,11 +188,16 @@ def run_folder(options: Options, lesson: str, side: str) -> Path:
 
 
 def start_folder(options: Options, lesson: str, side: str) -> Path:
-    """Return the folder of one side's results, emptied of an earlier run's files.
+    """Return the folder of one side's results, without an earlier run's files.
 
-    Otherwise a run that is stopped would leave its metrics beside another run's result.
+    Otherwise a run that is stopped would leave its metrics beside another run's result. A complete
+    run is not lost: its folder becomes SIDE.previous, in place of the one before it.
     """
     folder = run_folder(options, lesson, side)
+    if (folder / "result.json").exists():
+        previous = folder.with_name(f"{side}.previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
@@ -181,11 +205,11 @@ def start_folder(options: Options, lesson: str, side: str) -> Path:
 
 
 def hyperparameters(recipe: Recipe, options: Options) -> dict[str, Any]:
-    """Return every setting that can change the numbers, and none that cannot (the folders)."""
+    """Return all settings but the folders, and those that have a place of their own."""
     settings = {**asdict(recipe), **asdict(options), "model": recipe.model.__name__}
     for name in ("lesson", "data_dir", "runs_dir", "threads", "seed"):
         del settings[name]
-    return {**settings, "data": options.data}
+    return settings
 
 
 def versions() -> dict[str, str]:
@@ -242,9 +266,9 @@ def random_state() -> dict[str, str]:
     return {name: _sha256(state) for name, state in states.items()}
 
 
-def read_metrics(folder: Path, stage: str) -> list[dict[str, float]]:
+def read_metrics(folder: str | Path, stage: str) -> list[dict[str, float]]:
     """Return the rows of metrics.csv that belong to a stage: its loss, accuracy and f1."""
-    with (folder / "metrics.csv").open(newline="") as file:
+    with Path(folder, "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = ("loss", "accuracy", "f1")
     return [
@@ -254,10 +278,16 @@ def read_metrics(folder: Path, stage: str) -> list[dict[str, float]]:
     ]
 
 
-def print_epoch(epoch: int, val: Mapping[str, Any]) -> None:
-    """Print one line after an epoch's validation."""
-    scores = ", ".join(f"{name} {val[name]:.4f}" for name in ("loss", "accuracy", "f1"))
-    print(f"Epoch {epoch}, validation: {scores}")
+def print_epoch(epoch: int, val: Mapping[str, Any], prefix: str = "") -> None:
+    """Print one line after an epoch's validation, above the progress bar if there is one."""
+    scores = ", ".join(f"{name} {val[prefix + name]:.4f}" for name in ("loss", "accuracy", "f1"))
+    tqdm.write(f"Epoch {epoch}, validation: {scores}")
+
+
+def command_line(lesson: str, run: Callable[[Recipe, Options], Run]) -> None:
+    """Run a lesson with the options that the user typed, and show what came of it."""
+    with clear_messages():
+        finish(run(*parse_options(lesson)))
 
 
 def finish(run: Run) -> None:
@@ -268,7 +298,8 @@ def finish(run: Run) -> None:
     table = Table(title=f"{result['lesson']}: test on {result['data']}", title_justify="left")
     table.add_column("")
     table.add_column(result["side"], justify="right")
-    table.add_row("loss", f"{result['test_loss']:.4f}")
+    loss = result["test_loss"]
+    table.add_row("loss", "not a number" if loss is None else f"{loss:.4f}")
     table.add_row("accuracy", f"{result['test_accuracy']:.2%}")
     table.add_row("macro F1", f"{result['test_f1']:.4f}", end_section=True)
     for name, accuracy in result["test_accuracy_per_class"].items():
@@ -280,7 +311,19 @@ def finish(run: Run) -> None:
     table.add_row("device, threads", f"{result['device']}, {result['threads']}")
     table.add_row("sha256 of the weights", result["weights_sha256"][:16])
     Console().print(table)
+    if None in result["train_loss"]:
+        step = result["train_loss"].index(None) + 1
+        print(f"The loss of step {step} is not a number: nothing was learned; try a smaller --lr.")
     print(f"Written to {folder}/: {', '.join(FILES)}")
+
+
+def _finite(value: Any) -> Any:
+    """Replace each number that is not finite by None, also within lists and dicts."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sha256(data: bytes) -> str:

@@ -4,22 +4,25 @@
 others are in colour. `--no-comments` leaves out the lesson's own comments, `#:`.
 """
 
+from common.messages import BadInput, Parser, clear_messages
+
 import argparse
 import difflib
 import itertools
 import re
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from common.options import BadInput, Parser, clear_messages
-from common.recipes import RECIPES
-from common.runs import ROOT
-
+# Nothing of PyTorch is imported: to show two files takes no seconds.
+ROOT = Path(__file__).parent.parent
 SIDES = ("plain", "lightning")
+LESSONS = sorted(path.stem for path in (ROOT / "plain").glob("*.py"))
+COLUMNS = 210  # a terminal of so many breaks no line of a lesson
 
 
 def cells(source: str) -> dict[str, list[str]]:
@@ -63,7 +66,7 @@ def aligned(left: list[str], right: list[str]) -> list[tuple[int | None, int | N
 def table(sources: tuple[str, str], width: int) -> Table:
     """Return the two sources as one table of `width` columns."""
     left, right = (cells(source) for source in sources)
-    view = Table(width=width, pad_edge=False)
+    view = Table(width=width)
     for side in SIDES:
         view.add_column(side, ratio=1, overflow="fold")
     for title in left | right:
@@ -96,7 +99,7 @@ def _colored(lines: list[str]) -> list[Text]:
 def main(argv: list[str]) -> None:
     """Print the two scripts of the lesson that `argv` names."""
     parser = Parser(prog="common.sidebyside", description="Show a lesson's two scripts.")
-    parser.add_argument("lesson", help=", ".join(RECIPES))
+    parser.add_argument("lesson", help=", ".join(LESSONS))
     parser.add_argument(
         "--comments",
         action=argparse.BooleanOptionalAction,
@@ -104,16 +107,21 @@ def main(argv: list[str]) -> None:
         help="with the comments that teach, `#:`, or without them",
     )
     arguments = parser.parse_args(argv)
-    if arguments.lesson not in RECIPES:
-        raise BadInput(f"there is no lesson '{arguments.lesson}'; there are: {', '.join(RECIPES)}.")
+    if arguments.lesson not in LESSONS:
+        raise BadInput(f"there is no lesson '{arguments.lesson}'; there are: {', '.join(LESSONS)}.")
     plain, lightning = (
         (ROOT / side / f"{arguments.lesson}.py").read_text(encoding="utf-8") for side in SIDES
     )
     if not arguments.comments:
         plain, lightning = without_comments(plain), without_comments(lightning)
     # Colour also into a pipe, so that `| less -R` shows it; a pipe has no width of its own.
-    console = Console(force_terminal=True, width=None if sys.stdout.isatty() else 210)
+    console = Console(force_terminal=True, width=None if sys.stdout.isatty() else COLUMNS)
     console.print(table((plain, lightning), console.width))
+    if console.width < COLUMNS:
+        console.print(
+            f"This terminal has {console.width} columns, and long lines are broken; with {COLUMNS} "
+            f"none is. Or scroll: make diff-{arguments.lesson} | less -RS"
+        )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ Run it with `make lightning-cifar`. Its twin is plain/cifar.py, run with `make p
 """
 
 # %% Imports
+from common.data import eval_loader, load_data, train_loader
+from common.runs import Run, command_line, fingerprints, print_epoch, read_metrics, start_folder
+
 import time
 
 import lightning as L
@@ -15,46 +18,41 @@ from lightning.pytorch.loggers import CSVLogger
 from torchmetrics import Accuracy, ConfusionMatrix, F1Score, MetricCollection
 from torchsummary import summary
 
-from common.data import eval_loader, load_data, train_loader
-from common.options import clear_messages, parse_options
-from common.runs import Run, fingerprints, finish, read_metrics, start_folder
-
 # %% Seed and device
-#: L.seed_everything, in run, seeds Python's, numpy's and PyTorch's generators.
-#: Trainer(accelerator=...) chooses the device and moves the model and every batch to it.
+#: In run: L.seed_everything; and the Trainer, which moves model and batches to its accelerator.
 
 
 # %% Data
 class CIFAR10DataModule(L.LightningDataModule):
     def __init__(self, data, recipe, options):
         super().__init__()
-        self.data, self.settings = data, (recipe, options)
+        self.data, self.recipe, self.options = data, recipe, options
 
     def train_dataloader(self):
-        return train_loader(self.data.train, *self.settings)
+        return train_loader(self.data.train, self.recipe, self.options)
 
     def val_dataloader(self):
-        return eval_loader(self.data.val, *self.settings)
+        return eval_loader(self.data.val, self.recipe, self.options)
 
     def test_dataloader(self):
-        return eval_loader(self.data.test, *self.settings)
+        return eval_loader(self.data.test, self.recipe, self.options)
 
 
 # %% Metrics
-def metrics(prefix):
+def make_metrics(stage):
     ten = dict(task="multiclass", num_classes=10)
-    #: Always say which average is meant: the defaults of torchmetrics' classes differ.
+    #: Say which average: Accuracy and F1Score take micro by default, MulticlassAccuracy macro.
     scores = {"accuracy": Accuracy(**ten, average="micro"), "f1": F1Score(**ten, average="macro")}
-    return MetricCollection(scores, prefix=prefix)
+    return MetricCollection(scores, prefix=f"{stage}_")
 
 
 # %% Loss, optimizer and evaluation
 class LitClassifier(L.LightningModule):
     def __init__(self, model, recipe, log_every_n_steps):
         super().__init__()
-        self.model, self.recipe, self.losses, self.every = model, recipe, [], log_every_n_steps
-        #: Objects of its own for each stage: shared ones would add up the counts of both.
-        self.metrics = torch.nn.ModuleDict({name: metrics(f"{name}_") for name in ("val", "test")})
+        self.model, self.recipe, self.every, self.losses = model, recipe, log_every_n_steps, []
+        #: Separate objects for each stage: shared ones would add up the counts of both.
+        self.metrics = torch.nn.ModuleDict({s: make_metrics(s) for s in ("val", "test")})
         self.confusion = ConfusionMatrix(task="multiclass", num_classes=10)
 
     def configure_optimizers(self):
@@ -76,20 +74,25 @@ class LitClassifier(L.LightningModule):
         images, labels = batch
         logits = self.model(images)
         loss = F.cross_entropy(logits, labels)
-        #: Averaged over the epoch, weighted by batch_size, and over all processes.
-        self.log(f"{stage}_loss", loss, batch_size=len(labels), sync_dist=True, prog_bar=True)
+        #: Averaged over the epoch, weighted by batch_size; sync_dist: over all processes.
+        self.log(f"{stage}_loss", loss, batch_size=len(labels), sync_dist=True)
         self.metrics[stage].update(logits, labels)
         #: The objects, not their values: then they are computed once, over all samples.
-        self.log_dict(self.metrics[stage], prog_bar=True)
+        self.log_dict(self.metrics[stage])
         if stage == "test":
             self.confusion.update(logits, labels)
+
+    def on_validation_end(self):
+        #: Before it trains, the Trainer tries out two validation batches. They are no epoch.
+        if not self.trainer.sanity_checking:
+            print_epoch(self.current_epoch, self.trainer.callback_metrics, "val_")
 
     def test_step(self, batch, batch_idx):
         self.validation_step(batch, batch_idx, stage="test")
 
 
 # %% Fit
-#: The Trainer calls set_epoch, train, zero_grad, backward, step, eval and no_grad, as plain does.
+#: The Trainer calls set_epoch, train, zero_grad, backward, step, eval and no_grad by itself.
 def make_trainer(recipe, options, folder):
     return L.Trainer(
         max_epochs=recipe.max_epochs,
@@ -97,10 +100,9 @@ def make_trainer(recipe, options, folder):
         limit_train_batches=options.limit_train_batches,
         limit_val_batches=options.limit_val_batches,
         limit_test_batches=options.limit_test_batches,
-        #: Spelled out: left to itself, the Trainer takes every GPU that it finds.
+        #: Spelled out: left to itself, the Trainer takes every GPU, and a sampler of its own.
         accelerator=options.accelerator,
         devices=options.devices,
-        #: Our sampler knows its process already; the Trainer's would shuffle once more.
         use_distributed_sampler=False,
         deterministic="warn",
         logger=CSVLogger(folder.parent, folder.name, version="", flush_logs_every_n_steps=1),
@@ -122,8 +124,7 @@ def run(recipe, options):
     start = fingerprints(net.state_dict())
     model = LitClassifier(net, recipe, options.log_every_n_steps)
     datamodule = CIFAR10DataModule(data, recipe, options)
-    folder = start_folder(options, recipe.lesson, "lightning")
-    trainer = make_trainer(recipe, options, folder)
+    trainer = make_trainer(recipe, options, start_folder(options, recipe.lesson, "lightning"))
     began = time.perf_counter()
     trainer.fit(model, datamodule)
     fitted = time.perf_counter()
@@ -132,7 +133,7 @@ def run(recipe, options):
     #: With the model given, test uses its weights as they are; without, those of a checkpoint.
     trainer.test(model, datamodule, verbose=False)
     seconds = (fitted - began, time.perf_counter() - fitted)
-    (test,), val = read_metrics(folder, "test"), read_metrics(folder, "val")
+    val, (test,) = read_metrics(trainer.log_dir, "val"), read_metrics(trainer.log_dir, "test")
     confusion = model.confusion.compute()
     test["confusion"] = confusion.tolist()
     test["accuracy_per_class"] = (confusion.diag() / confusion.sum(1).clamp(min=1)).tolist()
@@ -142,8 +143,7 @@ def run(recipe, options):
 
 # %% Command line
 def main():
-    with clear_messages():
-        finish(run(*parse_options("cifar")))
+    command_line("cifar", run)
 
 
 if __name__ == "__main__":

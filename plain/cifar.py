@@ -5,6 +5,10 @@ Run it with `make plain-cifar`. Its twin is lightning/cifar.py, run with `make l
 """
 
 # %% Imports
+from common.data import eval_loader, load_data, train_loader
+from common.options import count_batches
+from common.runs import MetricsFile, Run, command_line, fingerprints, print_epoch, start_folder
+
 import itertools
 import os
 import random
@@ -15,10 +19,6 @@ import torch
 import torch.nn.functional as F
 from torchsummary import summary
 from tqdm import tqdm
-
-from common.data import eval_loader, load_data, train_loader
-from common.options import clear_messages, count_batches, parse_options
-from common.runs import MetricsFile, Run, fingerprints, finish, print_epoch, start_folder
 
 
 # %% Seed and device
@@ -40,11 +40,11 @@ def choose_device(accelerator):
 
 
 # %% Data
-#: No class is needed: fit and run, below, make the loaders where they use them.
+#: No data module: fit and run, below, make the DataLoaders where they use them.
 
 
 # %% Metrics
-def metrics(total_loss, confusion):
+def compute_metrics(total_loss, confusion):
     #: All follows from counts[true class, predicted class]. An absent class has no F1: 0/0.
     right, true, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
     return {
@@ -57,7 +57,7 @@ def metrics(total_loss, confusion):
 
 
 # %% Loss, optimizer and evaluation
-def configure_optimizer(model, recipe):
+def configure_optimizers(model, recipe):
     if recipe.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), lr=recipe.lr)
     return torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum)
@@ -73,9 +73,9 @@ def evaluate(model, loader, limit, device):
         logits = model(images)
         #: Times the batch's size: the last batch is shorter, and a mean of batch means is wrong.
         total_loss += F.cross_entropy(logits, labels).item() * len(labels)
-        pairs = 10 * labels + logits.argmax(1)
+        pairs = 10 * labels + logits.argmax(1)  # a number from 0 to 99 for (true, predicted)
         confusion += torch.bincount(pairs.cpu(), minlength=100).reshape(10, 10)
-    return metrics(total_loss, confusion)
+    return compute_metrics(total_loss, confusion)
 
 
 # %% Fit
@@ -84,9 +84,9 @@ def fit(model, optimizer, data, recipe, options, device, log):
     val_loader = eval_loader(data.val, recipe, options)
     batches = count_batches(len(loader), options.limit_train_batches)
     steps = recipe.max_epochs * batches if options.max_steps == -1 else options.max_steps
-    losses, val, every = [], [], options.log_every_n_steps
+    every, losses, val = options.log_every_n_steps, [], []
     for epoch in range(recipe.max_epochs):
-        #: Forgotten: the same order in every epoch, and the eval mode that evaluate leaves behind.
+        #: Without set_epoch every epoch has the same order; without train, evaluate's mode stays.
         loader.sampler.set_epoch(epoch)
         model.train()
         todo = min(batches, steps - len(losses))
@@ -125,7 +125,7 @@ def run(recipe, options):
     device = choose_device(options.accelerator)
     net = recipe.model().to(device)
     start = fingerprints(net.state_dict())
-    optimizer = configure_optimizer(net, recipe)
+    optimizer = configure_optimizers(net, recipe)
     #: DataParallel's state_dict puts "module." before every name; that of `net` inside does not.
     model = torch.nn.DataParallel(net, range(options.devices)) if options.devices > 1 else net
     log = MetricsFile(start_folder(options, recipe.lesson, "plain"))
@@ -142,8 +142,7 @@ def run(recipe, options):
 
 # %% Command line
 def main():
-    with clear_messages():
-        finish(run(*parse_options("cifar")))
+    command_line("cifar", run)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,12 @@
 """What the tests share: loading a lesson, changed or not, and training it on a few images."""
 
+from common import data as data_module
+from common.data import Data, Images
+from common.options import Options
+from common.recipes import RECIPES
+from common.runs import ROOT
+from common.shapes import CLASSES, draw_shapes
+
 import functools
 import importlib.util
 import os
@@ -9,13 +16,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-
-from common import data as data_module
-from common.data import Data, Images
-from common.options import Options
-from common.recipes import RECIPES
-from common.runs import ROOT
-from common.shapes import CLASSES, draw_shapes
 
 SIDES = ("plain", "lightning")
 # What the tests compared, printed at the end of the session by conftest.py.

@@ -1,5 +1,11 @@
 """The images: the right ones, whole, split without overlap, normalised to the bit."""
 
+from common import data as data_module
+from common.data import EpochSampler, Images, eval_loader, load_data, train_loader
+from common.messages import BadInput
+from common.options import Options
+from common.recipes import RECIPES
+
 import hashlib
 import http.server
 import io
@@ -17,11 +23,6 @@ import torch
 from helpers import count, real_data, some_images
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, Normalize, ToPILImage, ToTensor, v2
-
-from common import data as data_module
-from common.data import EpochSampler, Images, eval_loader, load_data, train_loader
-from common.options import BadInput, Options
-from common.recipes import RECIPES
 
 RECIPE = RECIPES["cifar"]
 CIFAR10 = data_module.CIFAR10
@@ -189,7 +190,7 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch, tmp_path):
     monkeypatch.setattr(data_module, "NETWORK_SECONDS", 0.2)
     answer = lambda *a, **k: silent.wait() and io.BytesIO()  # noqa: E731
     monkeypatch.setattr(data_module.urllib.request, "urlopen", answer)
-    with pytest.raises(BadInput, match="no answer in"):
+    with pytest.raises(BadInput, match="gave no answer in"):
         load_data(RECIPE, Options(data="cifar10", data_dir=tmp_path))
     silent.set()  # only now: whoever waits for the server never comes here
 
@@ -202,6 +203,12 @@ def test_shapes_never_look_for_anything(monkeypatch, tmp_path):
 def test_a_folder_that_is_named_must_be_there(tmp_path):
     with pytest.raises(BadInput, match="is not there"):
         load_data(RECIPE, Options(data_dir=tmp_path / "none"))
+
+
+def test_the_folder_of_the_files_themselves_is_refused(tmp_path):
+    (tmp_path / "data_batch_1").touch()
+    with pytest.raises(BadInput, match="name the folder above it"):
+        load_data(RECIPE, Options(data_dir=tmp_path))
 
 
 def test_a_share_below_one_batch_is_refused():

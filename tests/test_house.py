@@ -1,5 +1,9 @@
 """What holds for the whole repository: the library's name, twins, independence, lengths."""
 
+from common.recipes import RECIPES
+from common.runs import ROOT
+from common.sidebyside import cells
+
 import ast
 import re
 import subprocess
@@ -7,10 +11,6 @@ import sys
 
 import pytest
 from helpers import SIDES, count, lessons
-
-from common.recipes import RECIPES
-from common.runs import ROOT
-from common.sidebyside import cells
 
 
 def scripts():

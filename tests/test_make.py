@@ -1,5 +1,7 @@
 """The Makefile: what it prints, and what it says where Python is missing."""
 
+from common.runs import ROOT
+
 import os
 import re
 import shutil
@@ -7,8 +9,6 @@ import subprocess
 
 import pytest
 from helpers import count, lessons
-
-from common.runs import ROOT
 
 
 def make(*arguments, cwd=ROOT):
@@ -24,6 +24,7 @@ def test_make_alone_prints_every_target():
     assert ended.returncode == 0
     text = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^([a-z][a-z%-]*):", text, re.MULTILINE)
+    targets.remove("lesson-%")  # not typed: it refuses the name of a lesson that is not there
     assert len(targets) >= 11
     for target in targets:
         for name in lessons() if "%" in target else [""]:
@@ -74,6 +75,12 @@ def test_no_second_set_up_unless_the_lock_changed(fresh):
     assert "Setting up" in make("--dry-run", "test", cwd=fresh).stdout
 
 
+@pytest.mark.parametrize("target", ["plain-nope", "lightning-nope", "parity-nope", "diff-nope"])
+def test_no_such_lesson(fresh, target):
+    assert "there is no lesson 'nope'; there are: " in one_sentence(make(target, cwd=fresh))
+    assert not (fresh / ".venv").exists()
+
+
 def test_arguments_are_passed_on(fresh):
     (fresh / ".venv").mkdir()
     (fresh / ".venv" / "ready").touch()
@@ -83,5 +90,7 @@ def test_arguments_are_passed_on(fresh):
         ("parity-cifar", "-m common.parity cifar"),
         ("diff-cifar", "-m common.sidebyside cifar"),
     ):
+        (fresh / "plain").mkdir(exist_ok=True)
+        (fresh / "plain" / "cifar.py").touch()
         said = make("--dry-run", target, "ARGS=--max-epochs 5", cwd=fresh).stdout
         assert f"{command} --max-epochs 5" in said

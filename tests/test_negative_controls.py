@@ -3,13 +3,13 @@
 Each change replaces lines of one script; what it does is what people forget or get wrong.
 """
 
+from common.messages import BadInput
+from common.parity import compare
+
 import copy
 
 import pytest
 from helpers import SIDES, Noisy, count, small_data, train
-
-from common.options import BadInput
-from common.parity import compare
 
 CHANGES = {
     # name: (side, stage that must differ first, (old text, new text), ...)
@@ -63,13 +63,13 @@ CHANGES = {
     "batch mean instead of sample-weighted": (
         "plain", "metrics",
         (".item() * len(labels)", ".item()"),
-        ("return metrics(total_loss, confusion)",
+        ("return compute_metrics(total_loss, confusion)",
          "n = count_batches(len(loader), limit)\n"
-         "    return metrics(total_loss / n * confusion.sum().item(), confusion)"),
+         "    return compute_metrics(total_loss / n * confusion.sum().item(), confusion)"),
     ),
     "a metric averaged over batches": (
         "lightning", "metrics",
-        ("self.log_dict(self.metrics[stage], prog_bar=True)",
+        ("self.log_dict(self.metrics[stage])",
          "self.log_dict(self.metrics[stage](logits, labels), batch_size=len(labels))"),
     ),
     "macro instead of micro": ("lightning", "metrics", ('"micro"', '"macro"')),
@@ -132,7 +132,7 @@ def test_nothing_to_compare_is_a_failure(unchanged):
 
 def test_a_run_that_learned_nothing_does_not_agree(unchanged):
     a, b = (copy.deepcopy(unchanged[side]) for side in SIDES)
-    a["train_loss"][3] = b["train_loss"][3] = float("nan")
+    a["train_loss"][3] = b["train_loss"][3] = None  # how result() says NaN
     assert "nothing was learned" in compare(a, b).first_difference.difference
     a, b = (copy.deepcopy(unchanged[side]) for side in SIDES)
     for result in (a, b):

@@ -1,14 +1,14 @@
 """Both sides reach the same bits, for every combination of what can change."""
 
+from common.models import Net
+from common.parity import compare
+
 import csv
 import itertools
 
 import pytest
 import torch
 from helpers import SIDES, count, lessons, load_lesson, small_data, train
-
-from common.models import Net
-from common.parity import compare
 
 STAGES = ["data", "start", "steps", "weights", "optimizer", "random", "metrics"]
 # 120 images: batches of 8 divide them, batches of 16 leave a last one of 8.
@@ -28,6 +28,7 @@ def assert_same(plain, lightning, steps):
     a, b = plain.model.state_dict(), lightning.model.state_dict()
     assert a.keys() == b.keys() and len(a) > 0
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert plain.weights() == lightning.weights()  # weights.pt, byte for byte
     assert len(plain.train_loss) == len(lightning.train_loss) == steps
     count("pairs of runs, bit for bit")
 

@@ -1,5 +1,7 @@
 """Two processes of Lightning's DDP train on the same global batches as one process."""
 
+from common.models import Net
+
 import json
 import subprocess
 import sys
@@ -8,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import count, train
-
-from common.models import Net
 
 SCRIPT = """
 import json, sys

@@ -1,5 +1,8 @@
 """The README is true: its lines, its code, its commands."""
 
+from common.runs import ROOT
+from common.sidebyside import cells
+
 import json
 import re
 import subprocess
@@ -8,9 +11,6 @@ import sys
 import pytest
 from helpers import SIDES, count, real_data
 from test_negative_controls import CHANGES
-
-from common.runs import ROOT
-from common.sidebyside import cells
 
 README = (ROOT / "README.md").read_text()
 

@@ -1,5 +1,10 @@
 """What a run computes and leaves behind."""
 
+from common import runs
+from common.models import Net
+from common.options import Options, count_batches, default_threads
+from common.runs import FILES, finish
+
 import hashlib
 import json
 import math
@@ -12,11 +17,6 @@ from helpers import SIDES, count, load_lesson, small_data, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-
-from common import runs
-from common.models import Net
-from common.options import count_batches, default_threads
-from common.runs import FILES, finish
 
 
 @settings(max_examples=300, deadline=None)
@@ -37,7 +37,7 @@ def test_metrics_by_hand_equal_torchmetrics(pairs):
     assert ours["loss"] == 2.5
 
 
-METRICS = load_lesson("plain", "cifar").metrics
+METRICS = load_lesson("plain", "cifar").compute_metrics
 
 
 def test_the_tutorials_network():
@@ -86,6 +86,9 @@ def test_files(side, tmp_path, monkeypatch, capsys):
     assert result["test_accuracy"] == pytest.approx((matrix.diag().sum() / 140).item())
     assert set(result["versions"]) >= {"python", "torch", "torchvision", "lightning"}
     assert result["hyperparameters"]["lr"] == 0.02
+    # sha256sum, typed by a newcomer, gives what the table and result.json say.
+    content = (folder / "weights.pt").read_bytes()
+    assert result["weights_sha256"] == hashlib.sha256(content).hexdigest()
     # The weights load into the bare network, and give the same answers.
     net = Net()
     net.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
@@ -119,6 +122,34 @@ def test_dataparallel_leaves_no_prefix(tmp_path, monkeypatch):
     assert wrapped == [1]
     assert list(one.model.state_dict()) == list(two.model.state_dict())
     assert one.result()["weights_sha256"] == two.result()["weights_sha256"]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_loss_that_is_no_number_ends_well(side, tmp_path, monkeypatch, capsys):
+    """Too large a learning rate, which newcomers try: a result, and a sentence that says so."""
+    finish(train(side, tmp_path, monkeypatch, lr=1e30, model=Net))
+    folder = tmp_path / "cifar" / side
+    assert {path.name for path in folder.iterdir()} == set(FILES)
+    text = (folder / "result.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert None in json.loads(text)["train_loss"]
+    assert "is not a number: nothing was learned" in capsys.readouterr().out
+
+
+def test_a_complete_run_is_kept_when_another_starts(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar" / "plain"
+    for seed in (1, 2, 3):
+        finish(train("plain", tmp_path, monkeypatch, seed=seed, model=Net))
+    seeds = [
+        json.loads((path / "result.json").read_text())["seed"]
+        for path in (folder, folder.with_name("plain.previous"))
+    ]
+    assert seeds == [3, 2]
+    # A run that was stopped does not take the place of the complete one.
+    (folder / "result.json").unlink()
+    runs.start_folder(Options(runs_dir=tmp_path), "cifar", "plain")
+    assert json.loads((folder.with_name("plain.previous") / "result.json").read_text())["seed"] == 2
+    assert list(folder.iterdir()) == []
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -1,16 +1,16 @@
 """The built-in shapes are a real task, and the same for everyone."""
 
-import hashlib
-
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 from common.data import load_data, train_loader
 from common.models import Net
 from common.options import Options
 from common.recipes import RECIPES
 from common.shapes import CLASSES, draw_shapes
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 
 def test_format():

@@ -1,0 +1,79 @@
+"""What a command says when it ends early: one sentence. Imports nothing that takes time."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from types import TracebackType
+from typing import NoReturn
+
+STOPPED = "Stopped by Ctrl-C; what was written until now is kept."
+
+
+class BadInput(Exception):
+    """Something that the user can mend; the text says in one sentence what, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose refusals are one sentence, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        _exit(f"error: {message}; see --help.", status=2)
+
+
+@contextlib.contextmanager
+def clear_messages() -> Iterator[None]:
+    """Say in one sentence what the user can mend, and leave with 2, or with 130 after Ctrl-C.
+
+    Also keeps Lightning's advertisements and notes off the screen, and four warnings: two about
+    how many processes should load data, which would cost more than our batches take; one about
+    Lightning's own code; one that there are fewer steps than `--log-every-n-steps`.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for text in ("does not have many workers", "suggested max", "LeafSpec", "log_every_n_steps"):
+        warnings.filterwarnings("ignore", f".*{text}")
+    try:
+        yield
+    except BadInput as error:
+        _exit(f"error: {error}", status=2)
+    except OSError as error:
+        _exit(f"error: the system refused: {error}.", status=2)
+    except (KeyboardInterrupt, SystemExit) as error:
+        # The Trainer catches Ctrl-C itself and leaves with SystemExit(1).
+        if not _after_ctrl_c(error):
+            raise
+        _exit(f"\n{STOPPED}", status=130)
+
+
+def _exit(sentence: str, status: int) -> NoReturn:
+    sys.stdout.flush()
+    print(sentence, file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+def _after_ctrl_c(error: BaseException | None) -> bool:
+    """Tell whether an exception is Ctrl-C's, or was raised while that was handled."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def one_sentence_during_imports() -> None:
+    """Let Ctrl-C end with one sentence also before `main` runs: importing PyTorch takes seconds."""
+    usual = sys.excepthook
+
+    def hook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        if not _after_ctrl_c(error):
+            usual(kind, error, traceback)
+            return
+        print(f"\n{STOPPED}", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    sys.excepthook = hook
