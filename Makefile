@@ -8,6 +8,13 @@ LESSONS := $(basename $(notdir $(wildcard plain/*.py)))
 # uv must take the Python of this machine, never fetch one of its own.
 export UV_PYTHON_DOWNLOADS := never
 
+# The name of a lesson that is not there is refused before anything is set up.
+NAMED := $(filter plain-% lightning-% parity-% diff-%,$(MAKECMDGOALS))
+UNKNOWN := $(filter-out $(foreach side,plain lightning parity diff,$(LESSONS:%=$(side)-%)),$(NAMED))
+ifneq ($(UNKNOWN),)
+$(error there is no lesson for '$(UNKNOWN)'; there are: $(LESSONS))
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-slow lint format lock clean FORCE
 
@@ -21,20 +28,17 @@ help: ## print these lines
 				target = $$1; text = $$2; gsub(/%/, names[i], target); gsub(/NAME/, names[i], text); \
 				printf "  make %-18s %s\n", target, text } }' Makefile
 
-plain-%: lesson-% .venv/ready FORCE ## train NAME with the loop written by hand; ARGS="--help" lists its options
+plain-%: .venv/ready FORCE ## train NAME with the loop written by hand; ARGS="--help" lists its options
 	@$(BIN)/python plain/$*.py $(ARGS)
 
-lightning-%: lesson-% .venv/ready FORCE ## train NAME with Lightning's Trainer; the same options
+lightning-%: .venv/ready FORCE ## train NAME with Lightning's Trainer; the same options
 	@$(BIN)/python lightning/$*.py $(ARGS)
 
-parity-%: lesson-% .venv/ready FORCE ## prove that both sides of NAME do the same; the same options
+parity-%: .venv/ready FORCE ## prove that both sides of NAME do the same; the same options
 	@$(BIN)/python -m common.parity $* $(ARGS)
 
-diff-%: lesson-% .venv/ready FORCE ## show both sides of NAME side by side; ARGS="--no-comments" leaves out the lesson
+diff-%: .venv/ready FORCE ## show both sides of NAME side by side; ARGS="--no-comments" leaves out the lesson
 	@$(BIN)/python -m common.sidebyside $* $(ARGS)
-
-lesson-%: FORCE
-	@test -f plain/$*.py || { echo "error: there is no lesson '$*'; there are: $(LESSONS)." >&2; exit 2; }
 
 test: .venv/ready ## run the tests (without network; with the real images where DATA_DIR names them)
 	@$(BIN)/python -m pytest $(ARGS)
