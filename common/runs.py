@@ -134,7 +134,7 @@ class Run:
             parts[f"order of epoch {epoch}"] = _sha256(json.dumps(order[:trained_on]).encode())
         return parts
 
-    def save(self) -> Path:
+    def save(self, result: dict[str, Any]) -> Path:
         """Write everything into runs/LESSON/SIDE/ and return that folder.
 
         Each file appears whole or not at all, result.json last: where it is, the rest is too.
@@ -142,7 +142,6 @@ class Run:
         folder = run_folder(self.options, self.recipe.lesson, self.side)
         self.model.cpu().eval()
         _write(folder / "weights.pt", lambda path: path.write_bytes(self.weights()))
-        result = self.result()
         for name, figure in figures.draw(self.model, self.data, result).items():
             _write(folder / name, figure.savefig)
         lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
@@ -231,7 +230,7 @@ def fingerprint(tensor: Tensor) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype),
         "norm": tensor.double().norm().item() if tensor.is_floating_point() else None,
-        "sha256": _sha256(tensor.numpy().tobytes()),
+        "sha256": _sha256(tensor.flatten().view(torch.uint8).numpy().tobytes()),
     }
 
 
@@ -255,9 +254,10 @@ def _optimizer_fingerprints(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def random_state() -> dict[str, str]:
     """Fingerprint the state of the random generators: Python's, numpy's and PyTorch's."""
+    state: Any = np.random.get_state()
     states = {
         "python": repr(random.getstate()).encode(),
-        "numpy": repr([part for part in np.random.get_state()]).encode(),
+        "numpy": repr((state[0], state[1].tolist(), *state[2:])).encode(),
         "torch": torch.get_rng_state().numpy().tobytes(),
     }
     if torch.cuda.is_available():
@@ -294,7 +294,8 @@ def finish(run: Run) -> None:
     """Save a run and print its final table, the same on both sides."""
     if processes()[0] > 0:
         return  # with several processes, the first one writes
-    result, folder = run.result(), run.save()
+    result = run.result()
+    folder = run.save(result)
     table = Table(title=f"{result['lesson']}: test on {result['data']}", title_justify="left")
     table.add_column("")
     table.add_column(result["side"], justify="right")
