@@ -254,10 +254,10 @@ def _optimizer_fingerprints(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def random_state() -> dict[str, str]:
     """Fingerprint the state of the random generators: Python's, numpy's and PyTorch's."""
-    state: Any = np.random.get_state()
+    of_numpy: Any = np.random.get_state()
     states = {
         "python": repr(random.getstate()).encode(),
-        "numpy": repr((state[0], state[1].tolist(), *state[2:])).encode(),
+        "numpy": repr((of_numpy[0], of_numpy[1].tolist(), *of_numpy[2:])).encode(),
         "torch": torch.get_rng_state().numpy().tobytes(),
     }
     if torch.cuda.is_available():
