@@ -46,11 +46,11 @@ def draw_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def _inside(name: str, count: int, random: np.random.RandomState) -> np.ndarray:
     """Return bool [count, 32, 32]: which pixels of each image lie inside its shape."""
-    centre = random.uniform(11, 20, (2, count, 1, 1))
-    radius = random.uniform(6, 11, (count, 1, 1))  # pixels
+    centre = _between(11, 20, (2, count, 1, 1), random)
+    radius = _between(6, 11, (count, 1, 1), random)  # pixels
     # A tilt of up to 15 degrees. These two fractions are its cosine and sine for t = tan(angle/2);
     # np.cos itself may round differently from one machine to the next.
-    t = random.uniform(-0.13, 0.13, (count, 1, 1))
+    t = _between(-0.13, 0.13, (count, 1, 1), random)
     cosine, sine = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     pixel = np.arange(SIZE)
     y = (pixel[None, :, None] - centre[0]) / radius
@@ -80,6 +80,17 @@ def _inside(name: str, count: int, random: np.random.RandomState) -> np.ndarray:
         return (square < 0.95) & ((abs(v) < 0.22) | (abs(v) > 0.6))
     assert name == "crescent", name
     return (round_ < 1.0) & ((u - 0.5) ** 2 + v * v > 0.7)
+
+
+def _between(
+    low: float, high: float, shape: tuple[int, ...], random: np.random.RandomState
+) -> np.ndarray:
+    """Draw numbers from `low` to `high`.
+
+    As RandomState.uniform does, but in two steps: some processors do its one step, low + range *
+    x, with a single rounding, and others with two.
+    """
+    return low + (high - low) * random.random_sample(shape)
 
 
 def _colour(inside: np.ndarray, random: np.random.RandomState) -> np.ndarray:

@@ -116,7 +116,7 @@ def test_help_explains_every_option_with_its_default(capsys, monkeypatch):
 
 
 SMALL = """
-    --data shapes --max-epochs 1 --limit-train-batches 50 --limit-val-batches 1
+    --accelerator cpu --data shapes --max-epochs 1 --limit-train-batches 50 --limit-val-batches 1
     --limit-test-batches 2 --log-every-n-steps 20
 """.split()
 
@@ -226,7 +226,8 @@ def test_unknown_lessons():
 
 @pytest.mark.parametrize("side", SIDES)
 def test_ctrl_c_ends_with_one_sentence_and_keeps_what_was_written(side, tmp_path):
-    arguments = ["--data", "shapes", "--log-every-n-steps", "50", "--runs-dir", str(tmp_path)]
+    arguments = "--accelerator cpu --data shapes --log-every-n-steps 50 --runs-dir".split()
+    arguments.append(str(tmp_path))
     folder = tmp_path / "cifar" / side
     folder.mkdir(parents=True)
     (folder / "result.json").write_text("an earlier result")

@@ -108,6 +108,7 @@ def test_files(side, tmp_path, monkeypatch, capsys):
             count("pictures")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, DataParallel really splits")
 def test_dataparallel_leaves_no_prefix(tmp_path, monkeypatch):
     """On a machine without GPU, DataParallel hands everything through: the wrapping is the same."""
     one = train("plain", tmp_path, monkeypatch)
