@@ -58,7 +58,8 @@ format: .venv/ready ## put the code into ruff's format
 lock: .venv/ready ## write requirements.lock anew from pyproject.toml, for every platform
 	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --all-extras --upgrade \
 		--python-version 3.11 --custom-compile-command "make lock" \
-		--output-file requirements.lock pyproject.toml
+		--output-file .venv/lock pyproject.toml
+	@cmp -s .venv/lock requirements.lock || mv .venv/lock requirements.lock
 
 setup: .venv/ready ## set up .venv; the others do it by themselves
 
