@@ -51,7 +51,11 @@ def _curves(result: dict[str, Any]) -> Figure:
     window = max(1, len(losses) // 20)
     means = losses.unfold(0, window, 1).mean(1).numpy()
     left.plot(
-        range(1, len(losses) + 1), losses, color="lightgray", linewidth=0.3, label="each step"
+        range(1, len(losses) + 1),
+        losses.numpy(),
+        color="lightgray",
+        linewidth=0.3,
+        label="each step",
     )
     left.plot(range(window, len(losses) + 1), means, label=f"mean of {window:,} steps")
     left.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, None))

@@ -5,11 +5,12 @@ compares the two results and prints a table. Exit status 0: all agree; 1: they d
 cannot be compared.
 """
 
+from common import ROOT, SIDES
 from common.data import is_here
 from common.messages import BadInput, clear_messages
 from common.options import Options, parse_options
 from common.recipes import RECIPES, Recipe
-from common.runs import ROOT, code_sha256, hyperparameters, run_folder, versions
+from common.runs import code_sha256, hyperparameters, run_folder, versions
 
 import contextlib
 import json
@@ -25,7 +26,6 @@ from rich.table import Table
 
 Result = dict[str, Any]  # what common.runs.Run.result returns, and result.json holds
 
-SIDES = ("plain", "lightning")
 AVERAGES = ("val_loss", "val_accuracy", "val_f1", "test_loss", "test_accuracy", "test_f1")
 # Lightning's running mean adds up in float32. All that comes before the metrics is equal bit for
 # bit; nothing there is compared within a tolerance.
@@ -118,9 +118,8 @@ def _prints(part: str) -> Callable[[Result, Result], tuple[int, str | None]]:
             return len(ours), f"{name} is there only in {side}"
         for name in ours:
             if ours[name] != theirs[name]:
-                return len(
-                    ours
-                ), f"{name}: {_sides(a, _short(ours[name]), b, _short(theirs[name]))}"
+                values = _sides(a, _short(ours[name]), b, _short(theirs[name]))
+                return len(ours), f"{name}: {values}"
         return len(ours), None
 
     return check
@@ -152,7 +151,9 @@ def _metrics(a: Result, b: Result) -> tuple[int, str | None]:
             return compared, f"{name}, epochs: {_sides(a, len(ours), b, len(theirs))}"
         compared += len(ours)
         for x, y in zip(ours, theirs, strict=True):
-            if not math.isclose(x, y, rel_tol=RELATIVE):
+            # None stands for a number that is not finite: the last step can make it so, when the
+            # losses before it still were. Equal or not, nothing was learned.
+            if x is None or y is None or not math.isclose(x, y, rel_tol=RELATIVE):
                 return compared, f"{name}: {_sides(a, x, b, y)}"
     ours, theirs = a["test_accuracy_per_class"], b["test_accuracy_per_class"]
     for name in ours.keys() | theirs.keys():
@@ -248,12 +249,11 @@ def show(a: Result, b: Result, comparison: Comparison) -> None:
         times = ", ".join(f"{result['side']} {result[name]:.1f}" for result in (a, b))
         table.add_row(name.replace("_", " "), "", times)
     Console().print(table)
-    if comparison.agree:
+    if first := comparison.first_difference:
+        print(f"The two sides differ, first in {NAMES[first.name]}: {first.difference}.")
+    else:
         steps, accuracy = len(a["train_loss"]), a["test_accuracy"]
         print(f"The two sides agree: {steps:,} steps, test accuracy {accuracy:.2%}.")
-    else:
-        first = next(stage for stage in comparison.stages if stage.difference)
-        print(f"The two sides differ, first in {NAMES[first.name]}: {first.difference}.")
 
 
 NAMES = {

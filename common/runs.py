@@ -1,6 +1,6 @@
 """What a run leaves behind: result.json, weights.pt, metrics.csv and pictures, and one table."""
 
-from common import figures
+from common import ROOT, figures
 from common.data import Data, Images, processes
 from common.messages import clear_messages
 from common.options import Options, count_batches, parse_options
@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
 FILES = (
     "result.json",
     "weights.pt",

@@ -4,6 +4,7 @@
 others are in colour. `--no-comments` leaves out the lesson's own comments, `#:`.
 """
 
+from common import ROOT, SIDES
 from common.messages import BadInput, Parser, clear_messages
 
 import argparse
@@ -11,7 +12,6 @@ import difflib
 import itertools
 import re
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.syntax import Syntax
@@ -19,8 +19,6 @@ from rich.table import Table
 from rich.text import Text
 
 # Nothing of PyTorch is imported: to show two files takes no seconds.
-ROOT = Path(__file__).parent.parent
-SIDES = ("plain", "lightning")
 LESSONS = sorted(path.stem for path in (ROOT / "plain").glob("*.py"))
 COLUMNS = 210  # a terminal of so many breaks no line of a lesson
 

@@ -1,10 +1,10 @@
 """What the tests share: loading a lesson, changed or not, and training it on a few images."""
 
+from common import ROOT, SIDES
 from common import data as data_module
 from common.data import Data, Images
 from common.options import Options
 from common.recipes import RECIPES
-from common.runs import ROOT
 from common.shapes import CLASSES, draw_shapes
 
 import functools
@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-SIDES = ("plain", "lightning")
 # What the tests compared, printed at the end of the session by conftest.py.
 COMPARED: dict[str, int] = {}
 

@@ -1,7 +1,7 @@
 """What holds for the whole repository: the library's name, twins, independence, lengths."""
 
+from common import ROOT
 from common.recipes import RECIPES
-from common.runs import ROOT
 from common.sidebyside import cells
 
 import ast

@@ -1,6 +1,6 @@
 """The Makefile: what it prints, and what it says where Python is missing."""
 
-from common.runs import ROOT
+from common import ROOT
 
 import os
 import re

@@ -140,6 +140,14 @@ def test_a_run_that_learned_nothing_does_not_agree(unchanged):
     assert "nothing was trained" in compare(a, b).first_difference.difference
 
 
+def test_a_last_step_that_diverges_does_not_agree(unchanged):
+    """Every training loss is a number, but the weights after the last step give none."""
+    a, b = (copy.deepcopy(unchanged[side]) for side in SIDES)
+    a["test_loss"] = b["test_loss"] = None
+    assert compare(a, b).first_difference.name == "metrics"
+    count("negative controls")
+
+
 def test_a_missing_name_is_found_on_either_side(unchanged):
     for part in ("data", "start", "weights", "optimizer", "random"):
         for side in SIDES:

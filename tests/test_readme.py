@@ -1,6 +1,6 @@
 """The README is true: its lines, its code, its commands."""
 
-from common.runs import ROOT
+from common import ROOT
 from common.sidebyside import cells
 
 import json
