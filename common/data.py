@@ -10,6 +10,7 @@ from common.messages import BadInput
 from common.options import Options, count_batches, is_writable
 from common.recipes import Recipe
 
+import contextlib
 import math
 import os
 import socket
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,37 +26,53 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, FashionMNIST
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 from torchvision.transforms import Normalize
 
-VALIDATION = 5_000  # images taken out of the 50,000 to train on
+VALIDATION = 5_000  # images taken out of those to train on
 # Evaluation keeps no gradients, so that large batches fit. The last one is short (5,000 = 9 * 512
 # + 392), which is why averages must count samples and not batches.
 EVAL_BATCH_SIZE = 512
 NETWORK_SECONDS = 8.0  # how long to wait for the server before saying that there is no network
 
-normalize = Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+# What a recipe's `pixels` stands for: applied to batches that are scaled to [0, 1].
+PIXELS = {
+    "unit": None,
+    "signed": Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),  # to [-1, 1]
+    # What torchvision's pretrained networks were trained with:
+    # https://docs.pytorch.org/vision/0.29/models.html
+    "imagenet": Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Images(Dataset):
-    """One split: images, uint8 [count, 3, height, width], and labels, int64 [count]."""
+    """One split: images, uint8 [count, channels, height, width], and labels, int64 [count].
+
+    The transforms get a whole batch: of images, scaled to [0, 1], and of labels.
+    """
 
     images: Tensor
     labels: Tensor
+    transform: Callable[[Tensor], Tensor] | None = None
+    target_transform: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Return a normalised batch: float32 [batch, 3, height, width] in [-1, 1], int64 [batch].
+        """Return a batch: float32 [batch, channels, height, width], and its labels or targets.
 
-        Equal to `ToTensor` and `Normalize(0.5)` image by image, bit for bit. That is why it
-        divides by 255: torchvision's v2.ToDtype(scale=True) multiplies by 1/255 instead, and that
-        rounds some values differently in the last bit.
+        Equal to `ToTensor` and the transform image by image, bit for bit. That is why it divides
+        by 255: torchvision's v2.ToDtype(scale=True) multiplies by 1/255 instead, and that rounds
+        some values differently in the last bit.
         """
-        return normalize(self.images[indices].float().div_(255)), self.labels[indices]
+        images, labels = self.images[indices].float().div_(255), self.labels[indices]
+        return (
+            self.transform(images) if self.transform else images,
+            self.target_transform(labels) if self.target_transform else labels,
+        )
 
 
 @dataclass(frozen=True)
@@ -160,21 +177,20 @@ def load_data(recipe: Recipe, options: Options) -> Data:
     Raises BadInput where a data file is damaged, the folder is missing or cannot be written to, the
     real data cannot be had and no fall-back was allowed, or a limit leaves no batch.
     """
-    assert recipe.data == "cifar10", recipe.data
-    data = None
+    parts = None
     if options.data != "shapes":
         try:
-            data = _real_cifar10(options.data_dir, recipe.seed)
+            parts = _real(recipe.data, options.data_dir)
         except Unreachable as reason:
+            real = source(recipe.data)
             if options.data == recipe.data:
                 raise BadInput(
-                    f"CIFAR-10 is not in '{options.data_dir}' and could not be downloaded "
-                    f"({reason}); put the folder {CIFAR10.base_folder} there, or use --data shapes."
+                    f"{real.title} is not in '{options.data_dir}' and could not be downloaded "
+                    f"({reason}); put the folder {real.folder} there, or use --data shapes."
                 ) from None
-            _print_notice(options.data_dir, reason)
-    if data is None:
-        train, test = shapes.draw_shapes(50_000, seed=1), shapes.draw_shapes(10_000, seed=2)
-        data = _split("shapes", shapes.CLASSES, Images(*train), Images(*test), recipe.seed)
+            _print_notice(real, options.data_dir, reason)
+    name = recipe.data if parts else "shapes"
+    data = _split(name, *(parts or _shapes_like(recipe.data)), recipe)
     _check_limits(data, recipe, options)
     print(
         f"Data: {data.name}, {len(data.train):,} images to train on, {len(data.val):,} to validate "
@@ -183,59 +199,112 @@ def load_data(recipe: Recipe, options: Options) -> Data:
     return data
 
 
-def is_here(folder: Path) -> bool:
+@dataclass(frozen=True)
+class Source:
+    """What torchvision knows of a real data set: where it lies and comes from, with md5 sums."""
+
+    title: str
+    folder: str  # below the data folder
+    files: dict[str, str]  # name in the folder: md5 sum
+    archives: tuple[tuple[str, str, str], ...]  # (address, file name, md5 sum)
+
+
+def source(name: str) -> Source:
+    """Return what is known of a real data set: cifar10 or fashionmnist."""
+    if name == "cifar10":
+        meta = (CIFAR10.meta["filename"], CIFAR10.meta["md5"])
+        return Source(
+            "CIFAR-10",
+            CIFAR10.base_folder,
+            dict([*CIFAR10.train_list, *CIFAR10.test_list, meta]),
+            ((CIFAR10.url, CIFAR10.filename, CIFAR10.tgz_md5),),
+        )
+    assert name == "fashionmnist", name
+    return Source(
+        "FashionMNIST",
+        "FashionMNIST/raw",
+        FASHION_FILES,
+        tuple((FashionMNIST.mirrors[0] + file, file, md5) for file, md5 in FashionMNIST.resources),
+    )
+
+
+# torchvision has the sums of the packed files alone.
+FASHION_FILES = {
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+}
+
+
+def is_here(folder: Path, name: str) -> bool:
     """Tell whether the real images are in a data folder, whole or damaged."""
-    return (folder / CIFAR10.base_folder).is_dir()
+    return (folder / source(name).folder).is_dir()
 
 
 class Unreachable(Exception):
     """The data could not be downloaded; the text says why."""
 
 
-def _split(name: str, classes: tuple[str, ...], train: Images, test: Images, seed: int) -> Data:
-    """Take the validation images out of the training images, drawn by `seed`."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+def _split(
+    name: str, classes: tuple[str, ...], train: Images, test: Images, recipe: Recipe
+) -> Data:
+    """Take the validation images out of the training images, drawn by the recipe's seed."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed))
     val, rest = order[:VALIDATION], order[VALIDATION:]
+    transform = PIXELS[recipe.pixels]
     return Data(
         name,
         classes,
-        train=Images(train.images[rest], train.labels[rest]),
-        val=Images(train.images[val], train.labels[val]),
-        test=test,
+        train=Images(train.images[rest], train.labels[rest], transform),
+        val=Images(train.images[val], train.labels[val], transform),
+        test=Images(test.images, test.labels, transform),
     )
 
 
-def _real_cifar10(folder: Path, seed: int) -> Data:
+def _shapes_like(name: str) -> tuple[tuple[str, ...], Images, Images]:
+    """Draw shapes in the format of a real data set: their classes, to train on, to test on."""
+    draw, count = {
+        "cifar10": (shapes.draw_shapes, 50_000),
+        "fashionmnist": (shapes.draw_grey_shapes, 60_000),
+    }[name]
+    return shapes.CLASSES, Images(*draw(count, seed=1)), Images(*draw(10_000, seed=2))
+
+
+def _real(name: str, folder: Path) -> tuple[tuple[str, ...], Images, Images]:
+    """Read a real data set: its classes, the images to train on, those to test on."""
+    real = source(name)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"--data-dir '{folder}' is a file; name the folder that holds the images.")
-    if (folder / CIFAR10.train_list[0][0]).exists():
+    if (folder / next(iter(real.files))).exists():
+        above = folder.absolute().parents[len(Path(real.folder).parts) - 1]
         raise BadInput(
             f"--data-dir '{folder}' holds the data files themselves; name the folder above it, "
-            f"'{folder.absolute().parent}', in which they lie as {CIFAR10.base_folder}."
+            f"'{above}', in which they lie as {real.folder}."
         )
     if folder != Options.data_dir and not folder.is_dir():
         raise BadInput(
             f"the data folder '{folder}' is not there; create it, or leave out --data-dir and "
             f"DATA_DIR to use '{Options.data_dir}'."
         )
-    if not is_here(folder):
-        _download_cifar10(folder)
-    _check_cifar10(folder / CIFAR10.base_folder)
-    parts = [CIFAR10(str(folder), train=train) for train in (True, False)]
-    train, test = (
+    if not is_here(folder, name):
+        _download(real, folder)
+    _check(real, folder / real.folder)
+    if name == "cifar10":
+        parts = [CIFAR10(str(folder), train=train) for train in (True, False)]
         # From torchvision's [count, 32, 32, 3] to PyTorch's [count, 3, 32, 32].
-        Images(
-            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
-        )
-        for part in parts
-    )
-    return _split("cifar10", tuple(parts[0].classes), train, test, seed)
+        images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    else:
+        parts = [FashionMNIST(str(folder), train=train) for train in (True, False)]
+        images = [part.data[:, None] for part in parts]  # [count, 1, 28, 28]
+    labels = [torch.as_tensor(part.targets) for part in parts]
+    train, test = (Images(*both) for both in zip(images, labels, strict=True))
+    return tuple(parts[0].classes), train, test
 
 
-def _check_cifar10(folder: Path) -> None:
+def _check(real: Source, folder: Path) -> None:
     """Raise BadInput with the name of the first file that is missing, cut short or altered."""
-    meta = (CIFAR10.meta["filename"], CIFAR10.meta["md5"])
-    for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
+    for name, md5 in real.files.items():
         if not check_integrity(str(folder / name), md5):
             raise BadInput(
                 f"the data file '{folder / name}' is missing, cut short or altered (its md5 sum is "
@@ -244,40 +313,53 @@ def _check_cifar10(folder: Path) -> None:
             )
 
 
-def _download_cifar10(folder: Path) -> None:
-    """Bring CIFAR-10 into `folder`, whole or not at all.
+def _download(real: Source, folder: Path) -> None:
+    """Bring a data set into `folder`, whole or not at all.
 
     Raises Unreachable: within NETWORK_SECONDS where the server does not answer at all.
     """
     if folder.exists() and not is_writable(folder):
         raise BadInput(
-            f"CIFAR-10 is not in '{folder}', and nothing can be written there to download it; "
+            f"{real.title} is not in '{folder}', and nothing can be written there to download it; "
             "choose another --data-dir, or use --data shapes."
         )
-    archive = folder / CIFAR10.filename
-    if not archive.exists():
-        _probe(CIFAR10.url)
+    if missing := [url for url, name, _ in real.archives if not (folder / name).exists()]:
+        probe(missing[0])
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
-        if not archive.exists():
-            archive = Path(temporary, CIFAR10.filename)
-            socket.setdefaulttimeout(30)  # torchvision sets none: a dead line would hang for ever
-            try:
-                download_url(CIFAR10.url, temporary, CIFAR10.filename, CIFAR10.tgz_md5)
-            except (OSError, RuntimeError) as error:
-                raise Unreachable(f"the download broke off: {error}") from None
-            finally:
-                socket.setdefaulttimeout(None)
-        if not check_integrity(str(archive), CIFAR10.tgz_md5):
-            raise BadInput(
-                f"the data file '{archive}' is cut short or altered (its md5 sum is not "
-                f"{CIFAR10.tgz_md5}); remove it to have it downloaded again, or use --data shapes."
-            )
-        extract_archive(str(archive), temporary)
-        os.replace(Path(temporary, CIFAR10.base_folder), folder / CIFAR10.base_folder)
+        unpacked = Path(temporary, real.folder)
+        for url, name, md5 in real.archives:
+            archive = folder / name
+            if not archive.exists():
+                archive = Path(temporary, name)
+                with giving_up():
+                    download_url(url, temporary, name, md5)
+            if not check_integrity(str(archive), md5):
+                raise BadInput(
+                    f"the data file '{archive}' is cut short or altered (its md5 sum is not {md5}); "
+                    "remove it to have it downloaded again, or use --data shapes."
+                )
+            # CIFAR-10's archive brings its folder along, FashionMNIST's files do not.
+            into = unpacked.parent if ".tar" in name else unpacked
+            into.mkdir(parents=True, exist_ok=True)
+            extract_archive(str(archive), str(into))
+        (folder / real.folder).parent.mkdir(exist_ok=True)
+        os.replace(unpacked, folder / real.folder)
 
 
-def _probe(url: str) -> None:
+@contextlib.contextmanager
+def giving_up() -> Iterator[None]:
+    """Raise Unreachable where a download breaks off, or stands still for 30 seconds."""
+    socket.setdefaulttimeout(30)  # torchvision sets none: a dead line would hang for ever
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise Unreachable(f"the download broke off: {error}") from None
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def probe(url: str) -> None:
     """Raise Unreachable unless the server answers within NETWORK_SECONDS.
 
     In a thread of its own: no time-out of Python's covers the look-up of the server's name, which
@@ -302,14 +384,15 @@ def _probe(url: str) -> None:
         raise Unreachable(problem[0])
 
 
-def _print_notice(folder: Path, reason: Exception) -> None:
+def _print_notice(real: Source, folder: Path, reason: Exception) -> None:
     line = "!" * 88
     print(
         f"{line}\n"
-        "  THIS IS NOT CIFAR-10. It was not found, and could not be downloaded, so the built-in\n"
-        "  drawn shapes are used instead. The numbers below say nothing about CIFAR-10.\n"
+        f"  THIS IS NOT {real.title}. It was not found, and could not be downloaded, so the\n"
+        "  built-in drawn shapes are used instead. The numbers below say nothing about\n"
+        f"  {real.title}.\n"
         f"  Looked in: {folder}   Download: {reason}\n"
-        f"  To train on the real images, put {CIFAR10.base_folder} into a folder\n"
+        f"  To train on the real images, put {real.folder} into a folder\n"
         "  and name that folder by --data-dir or DATA_DIR.\n"
         f"{line}",
         file=sys.stderr,

@@ -3,6 +3,7 @@
 from common.data import Data, Images
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def _grid(images: Images, titles: list[str], colors: list[str], heading: str) ->
     for axis in axes:
         axis.axis("off")
     for axis, image, title, color in zip(axes, images.images, titles, colors, strict=False):
-        axis.imshow(image.permute(1, 2, 0).numpy())
+        axis.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
         axis.set_title(title, fontsize=7, color=color)
     return figure
 
@@ -98,7 +99,7 @@ def _confusion(data: Data, result: dict[str, Any]) -> Figure:
 @torch.no_grad()
 def _predictions(model: nn.Module, data: Data, result: dict[str, Any]) -> Figure:
     """Draw test images with truth and prediction, the wrong ones in red."""
-    first = Images(data.test.images[:SHOWN], data.test.labels[:SHOWN])
+    first = replace(data.test, images=data.test.images[:SHOWN], labels=data.test.labels[:SHOWN])
     images, truth = first.__getitems__(list(range(len(first))))
     predicted = model(images).argmax(1)
     titles = [

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision import models
 
 
 class Net(nn.Module):
@@ -28,3 +29,82 @@ class Net(nn.Module):
         x = F.relu(self.fc1(x))
         x = F.relu(self.fc2(x))
         return self.fc3(x)
+
+
+class MLP(nn.Module):
+    """The three-layer network of PyTorch's quickstart tutorial: 669,706 parameters.
+
+    Source: https://docs.pytorch.org/tutorials/beginner/basics/quickstart_tutorial.html
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(28 * 28, 512),
+            nn.ReLU(),
+            nn.Linear(512, 512),
+            nn.ReLU(),
+            # No ReLU here: it would make every negative logit 0, and a class whose logit is never
+            # positive gets no gradient. An early version of the tutorial had one.
+            nn.Linear(512, 10),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn images, float [batch, 1, 28, 28], into logits, float [batch, 10]."""
+        return self.layers(x)
+
+
+class DeepNet(nn.Module):
+    """The deeper CNN of the Weights & Biases tutorial for Lightning: 952,234 parameters.
+
+    Source: https://wandb.ai/site/articles/image-classification-using-pytorch-lightning
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 3)
+        self.conv2 = nn.Conv2d(32, 32, 3)
+        self.conv3 = nn.Conv2d(32, 64, 3)
+        self.conv4 = nn.Conv2d(64, 64, 3)
+        self.pool = nn.MaxPool2d(2)
+        # The flattened size is found by trying it out, and not worked out by hand. On zeros: random
+        # numbers here would change the initial weights of all layers below.
+        with torch.no_grad():
+            flattened = self._features(torch.zeros(1, 3, 32, 32)).shape[1]
+        self.fc1 = nn.Linear(flattened, 512)
+        self.fc2 = nn.Linear(512, 128)
+        self.fc3 = nn.Linear(128, 10)
+
+    def _features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv1(x))  # [batch, 32, 30, 30]
+        x = self.pool(F.relu(self.conv2(x)))  # [batch, 32, 14, 14]
+        x = F.relu(self.conv3(x))  # [batch, 64, 12, 12]
+        x = self.pool(F.relu(self.conv4(x)))  # [batch, 64, 5, 5]
+        return torch.flatten(x, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn images, float [batch, 3, 32, 32], into log-probabilities, float [batch, 10]."""
+        x = F.relu(self.fc1(self._features(x)))
+        x = F.relu(self.fc2(x))
+        return F.log_softmax(self.fc3(x), dim=1)
+
+
+class Transfer(nn.Module):
+    """A network of torchvision's, the backbone, with a new last layer, the head, for ten classes.
+
+    With VGG16: 134,301,514 parameters, of which 40,970 in the head.
+    """
+
+    def __init__(self, backbone: str = "vgg16") -> None:
+        super().__init__()
+        self.backbone = models.get_model(backbone, weights=None)
+        # The last layer is a Linear in all of them, under another name in each.
+        linear = [(n, m) for n, m in self.backbone.named_modules() if isinstance(m, nn.Linear)]
+        self.last_name, last = linear[-1]
+        self.backbone.set_submodule(self.last_name, nn.Identity())
+        self.head = nn.Linear(last.in_features, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn images, float [batch, 3, 32, 32] or larger, into logits, float [batch, 10]."""
+        return self.head(self.backbone(x))

@@ -13,8 +13,9 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ class Options:
     limit_train_batches: int | float = 1.0
     limit_val_batches: int | float = 1.0
     limit_test_batches: int | float = 1.0
-    log_every_n_steps: int = 2000
+    log_every_n_steps: int = 50
     data: str = "auto"
     data_dir: Path = Path("data")
     accelerator: str = "auto"
@@ -50,7 +51,8 @@ def parse_options(lesson: str, argv: Sequence[str] | None = None) -> tuple[Recip
     and for a folder that cannot take results.
     """
     given = vars(_parser(RECIPES[lesson]).parse_args(argv))
-    of_recipe = ("max_epochs", "batch_size", "lr", "optimizer", "seed")
+    of_recipe = ["max_epochs", "batch_size", "lr", "optimizer", "seed"]
+    of_recipe += [own.name for own in fields(RECIPES[lesson]) if own.metadata]
     recipe = replace(RECIPES[lesson], **{name: given.pop(name) for name in of_recipe})
     if given["threads"] == "auto":
         given["threads"] = default_threads(recipe.batch_size)
@@ -146,11 +148,12 @@ def _parser(recipe: Recipe) -> Parser:
         metavar="X",
         help="learning rate",
     )
+    momentum = f"momentum {recipe.momentum}" if recipe.momentum else "no momentum"
     add(
         "--optimizer",
         choices=("sgd", "adam"),
         default=recipe.optimizer,
-        help=f"sgd has momentum {recipe.momentum}",
+        help=f"sgd has {momentum}",
     )
     add(
         "--seed",
@@ -159,6 +162,9 @@ def _parser(recipe: Recipe) -> Parser:
         metavar="N",
         help="draws validation set, initial weights and order of the batches",
     )
+    for own in fields(recipe):
+        if own.metadata:
+            _add_own(add, own, getattr(recipe, own.name))
     steps = "a whole number from 1 on, or -1"
     add = parser.add_argument_group("how much of it").add_argument
     add(
@@ -172,7 +178,7 @@ def _parser(recipe: Recipe) -> Parser:
         add(
             f"--limit-{stage}-batches",
             type=_limit,
-            default=1.0,
+            default=recipe.defaults.get(f"limit_{stage}_batches", 1.0),
             metavar="N",
             help=f"{stage} batches to use: a number (10) or a share (0.1)",
         )
@@ -202,9 +208,9 @@ def _parser(recipe: Recipe) -> Parser:
     add(
         "--log-every-n-steps",
         type=count,
-        default=Options.log_every_n_steps,
+        default=recipe.defaults.get("log_every_n_steps", Options.log_every_n_steps),
         metavar="N",
-        help="steps over which the running loss is averaged",
+        help="steps from one logged training loss to the next",
     )
     add(
         "--accelerator",
@@ -228,6 +234,20 @@ def _parser(recipe: Recipe) -> Parser:
         help="processes that load batches; 0: the training one",
     )
     return parser
+
+
+def _add_own(add: Callable[..., Any], own: Field, default: Any) -> None:
+    """Add the option that a lesson's own recipe declares, by `common.recipes.option`."""
+    name, rule = "--" + own.name.replace("_", "-"), own.metadata
+    if isinstance(default, bool):
+        add(name, action="store_true", default=default, help=rule["help"])
+    elif "choices" in rule:
+        add(name, choices=rule["choices"], default=default, help=rule["help"])
+    else:
+        least = rule["at_least"]
+        wanted = f"a {'whole ' * isinstance(default, int)}number from {least} on"
+        number = _number(type(default), lambda value: least <= value <= 10**9, wanted)
+        add(name, type=number, default=default, metavar="N", help=rule["help"])
 
 
 def _check_devices(recipe: Recipe, options: Options) -> None:

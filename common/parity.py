@@ -217,7 +217,11 @@ def _read(side: str, recipe: Recipe, options: Options) -> Result:
 
 def _is_of(result: Result, side: str, recipe: Recipe, options: Options) -> bool:
     """Tell whether a result was made by today's code, packages and data with these settings."""
-    if result.get("data") != recipe.data and options.data == "auto" and is_here(options.data_dir):
+    if (
+        result.get("data") != recipe.data
+        and options.data == "auto"
+        and is_here(options.data_dir, recipe.data)
+    ):
         return False  # the shapes stood in, but the real images have come since
     wanted = {
         "seed": recipe.seed,

@@ -1,44 +1,133 @@
 """What each lesson trains. Both sides of a pair read the same recipe."""
 
-from common.models import Net
+from common.models import MLP, DeepNet, Net, Transfer
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One lesson's training, in full.
 
     The command line can replace optimizer, lr, batch_size, max_epochs and seed. `lr` is the
     learning rate, `batch_size` the number of images in one optimizer step over all devices
     together, `momentum` belongs to SGD alone, `seed` draws the validation set, the initial weights
-    and the order of the batches.
+    and the order of the batches. `pixels` names an entry of `common.data.PIXELS`. `defaults` are
+    those of other options that this lesson changes.
     """
 
     lesson: str
     data: str
+    pixels: str
     model: type[nn.Module]
     optimizer: str
     lr: float
     momentum: float
     batch_size: int
     max_epochs: int
-    seed: int
+    seed: int = 0
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
-RECIPES = {
+def option(default: Any, text: str, **rule: Any) -> Any:
+    """Make a recipe's field an option of its lesson's command line.
+
+    `rule` is choices=(...), or at_least=number; a bool needs none.
+    """
+    return field(default=default, metadata={"help": text, **rule})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FashionRecipe(Recipe):
+    one_hot: bool = option(False, "train on one-hot targets, made by a target_transform")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallbacksRecipe(Recipe):
+    patience: int = option(3, "epochs without improvement after which it stops", at_least=1)
+    min_delta: float = option(0.0, "what counts as improvement: more than this", at_least=0.0)
+    logger: str = option(
+        "csv", "where the values and pictures go", choices=("csv", "tensorboard", "wandb")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe(Recipe):
+    backbone: str = option(
+        "vgg16",
+        "torchvision's network; the others take a tenth of the time or less",
+        choices=("vgg16", "resnet18", "mobilenet_v3_small"),
+    )
+    weights: str = option(
+        "auto",
+        "imagenet: the pretrained ones or an error; random: train from nothing; auto: imagenet "
+        "if they are here or can be downloaded, else random",
+        choices=("auto", "imagenet", "random"),
+    )
+    unfreeze_at_epoch: int = option(
+        1, "the first epoch, counted from 0, in which the backbone is trained too", at_least=0
+    )
+
+
+RECIPES: dict[str, Any] = {
     # https://docs.pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html
     "cifar": Recipe(
         lesson="cifar",
         data="cifar10",
+        pixels="signed",
         model=Net,
         optimizer="sgd",
         lr=1e-3,
         momentum=0.9,
         batch_size=4,
         max_epochs=2,
-        seed=0,
+        defaults={"log_every_n_steps": 2000},
+    ),
+    # https://docs.pytorch.org/tutorials/beginner/basics/quickstart_tutorial.html
+    "fashion": FashionRecipe(
+        lesson="fashion",
+        data="fashionmnist",
+        pixels="unit",
+        model=MLP,
+        optimizer="sgd",
+        lr=1e-3,
+        momentum=0.0,
+        batch_size=64,
+        max_epochs=5,
+        defaults={"log_every_n_steps": 100},
+    ),
+    # https://wandb.ai/site/articles/image-classification-using-pytorch-lightning
+    "callbacks": CallbacksRecipe(
+        lesson="callbacks",
+        data="cifar10",
+        pixels="signed",
+        model=DeepNet,
+        optimizer="adam",
+        lr=2e-4,
+        momentum=0.9,
+        batch_size=32,
+        max_epochs=50,
+    ),
+    # The backbone's learning rate is a tenth of `lr`, which is that of the new layer. A few images
+    # are what one fine-tunes with, and what a processor manages with VGG16.
+    "finetune": FinetuneRecipe(
+        lesson="finetune",
+        data="cifar10",
+        pixels="imagenet",
+        model=Transfer,
+        optimizer="sgd",
+        lr=1e-2,
+        momentum=0.9,
+        batch_size=32,
+        max_epochs=2,
+        defaults={
+            "limit_train_batches": 50,
+            "limit_val_batches": 1,
+            "limit_test_batches": 2,
+            "log_every_n_steps": 10,
+        },
     ),
 }

@@ -205,7 +205,7 @@ def start_folder(options: Options, lesson: str, side: str) -> Path:
 def hyperparameters(recipe: Recipe, options: Options) -> dict[str, Any]:
     """Return all settings but the folders, and those that have a place of their own."""
     settings = {**asdict(recipe), **asdict(options), "model": recipe.model.__name__}
-    for name in ("lesson", "data_dir", "runs_dir", "threads", "seed"):
+    for name in ("lesson", "data_dir", "runs_dir", "threads", "seed", "defaults"):
         del settings[name]
     return settings
 

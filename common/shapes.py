@@ -1,9 +1,12 @@
-"""The built-in data set: ten drawn shapes, in colour, on noise, for machines without the real one.
+"""The built-in data sets: ten drawn shapes on noise, for machines without the real images.
 
-It has CIFAR-10's format (3 channels, 32 by 32 pixels, 50,000 images to train on and 10,000 to test
-on) and its difficulty in small: place, size, tilt, both colours and the noise change from image to
-image, so that no pixel alone tells the class.
+In colour they have CIFAR-10's format (3 channels, 32 by 32 pixels) and its difficulty in small:
+place, size, tilt, both colours and the noise change from image to image, so that no pixel alone
+tells the class. In grey they have FashionMNIST's (1 channel, 28 by 28 pixels), and like the clothes
+there they are bright on dark, in the middle, and all of about one size.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,38 +24,61 @@ CLASSES = (
     "stripes",
     "crescent",
 )
-SIZE = 32  # pixels a side
-NOISE = 100  # the largest change that noise makes to a pixel, of 255
+NOISE = 100  # the largest change that noise makes to a coloured pixel, of 255
+GREY_NOISE = 33
 
 
 def draw_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw `count` images with as many of each class as that allows, in random order.
+    """Draw `count` coloured images with as many of each class as that allows, in random order.
 
     Returns images, uint8 [count, 3, 32, 32], and labels, int64 [count]. The same seed gives the
     same bits on every machine: the generator is numpy's frozen one (RandomState, whose stream is
     guaranteed never to change), and the drawing uses only operations that IEEE 754 rounds exactly.
     """
+    return _draw(count, seed, channels=3, size=32, reach=4.5, paint=_colour)
+
+
+def draw_grey_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw `count` grey images: uint8 [count, 1, 28, 28], and labels, int64 [count].
+
+    The same seed gives the same bits on every machine, as in `draw_shapes`.
+    """
+    return _draw(count, seed, channels=1, size=28, reach=1.5, paint=_grey)
+
+
+def _draw(
+    count: int,
+    seed: int,
+    channels: int,
+    size: int,
+    reach: float,
+    paint: Callable[[np.ndarray, np.random.RandomState], np.ndarray],
+) -> tuple[Tensor, Tensor]:
+    """Draw shapes whose centres lie up to `reach` pixels off the middle, and paint them."""
     random = np.random.RandomState(seed)
     labels = random.permutation(np.arange(count) % len(CLASSES))
-    images = np.empty((count, 3, SIZE, SIZE), dtype=np.uint8)
+    images = np.empty((count, channels, size, size), dtype=np.uint8)
     for label, name in enumerate(CLASSES):
         places = np.flatnonzero(labels == label)
         # A thousand at a time: the arrays of one round stay in the processor's cache.
         for start in range(0, len(places), 1000):
             chosen = places[start : start + 1000]
-            images[chosen] = _colour(_inside(name, len(chosen), random), random)
+            images[chosen] = paint(_inside(name, len(chosen), size, reach, random), random)
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 
 
-def _inside(name: str, count: int, random: np.random.RandomState) -> np.ndarray:
-    """Return bool [count, 32, 32]: which pixels of each image lie inside its shape."""
-    centre = _between(11, 20, (2, count, 1, 1), random)
+def _inside(
+    name: str, count: int, size: int, reach: float, random: np.random.RandomState
+) -> np.ndarray:
+    """Return bool [count, size, size]: which pixels of each image lie inside its shape."""
+    middle = (size - 1) / 2
+    centre = _between(middle - reach, middle + reach, (2, count, 1, 1), random)
     radius = _between(6, 11, (count, 1, 1), random)  # pixels
     # A tilt of up to 15 degrees. These two fractions are its cosine and sine for t = tan(angle/2);
     # np.cos itself may round differently from one machine to the next.
     t = _between(-0.13, 0.13, (count, 1, 1), random)
     cosine, sine = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
-    pixel = np.arange(SIZE)
+    pixel = np.arange(size)
     y = (pixel[None, :, None] - centre[0]) / radius
     x = (pixel[None, None, :] - centre[1]) / radius
     # (u, v): the shape's own coordinates; it reaches from -1 to 1 in both.
@@ -99,7 +125,19 @@ def _colour(inside: np.ndarray, random: np.random.RandomState) -> np.ndarray:
     ground = random.randint(0, 256, (count, 3, 1, 1))
     # 64 to 192 further round the circle of 256 values: never closer than 64 in any channel.
     shape = (ground + random.randint(64, 193, (count, 3, 1, 1))) % 256
-    picture = np.where(inside[:, None], shape, ground).astype(np.int16)
-    noise = np.frombuffer(random.bytes(picture.size), dtype=np.int8).reshape(picture.shape)
-    picture += noise.astype(np.int16) * NOISE // 128
-    return picture.clip(0, 255).astype(np.uint8)
+    return _with_noise(np.where(inside[:, None], shape, ground), NOISE, random)
+
+
+def _grey(inside: np.ndarray, random: np.random.RandomState) -> np.ndarray:
+    """Return uint8 [count, 1, 28, 28]: a bright shape on a dark ground, with noise over both."""
+    count = len(inside)
+    ground = random.randint(0, 60, (count, 1, 1, 1))
+    shape = random.randint(130, 256, (count, 1, 1, 1))
+    return _with_noise(np.where(inside[:, None], shape, ground), GREY_NOISE, random)
+
+
+def _with_noise(pictures: np.ndarray, noise: int, random: np.random.RandomState) -> np.ndarray:
+    """Change each pixel by up to `noise`; return uint8."""
+    bits = np.frombuffer(random.bytes(pictures.size), dtype=np.int8).reshape(pictures.shape)
+    changed = pictures.astype(np.int16) + bits.astype(np.int16) * noise // 128
+    return changed.clip(0, 255).astype(np.uint8)

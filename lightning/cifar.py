@@ -23,7 +23,7 @@ from torchsummary import summary
 
 
 # %% Data
-class CIFAR10DataModule(L.LightningDataModule):
+class ImageDataModule(L.LightningDataModule):
     def __init__(self, data, recipe, options):
         super().__init__()
         self.data, self.recipe, self.options = data, recipe, options
@@ -123,7 +123,7 @@ def run(recipe, options):
     net = recipe.model()
     start = fingerprints(net.state_dict())
     model = LitClassifier(net, recipe, options.log_every_n_steps)
-    datamodule = CIFAR10DataModule(data, recipe, options)
+    datamodule = ImageDataModule(data, recipe, options)
     trainer = make_trainer(recipe, options, start_folder(options, recipe.lesson, "lightning"))
     began = time.perf_counter()
     trainer.fit(model, datamodule)

@@ -64,7 +64,7 @@ def configure_optimizers(model, recipe):
 
 
 @torch.no_grad()
-def evaluate(model, loader, limit, device):
+def evaluate(model, loader, limit, device, loss_function=F.cross_entropy):
     #: Dropout off, BatchNorm on its running averages. To forget it raises no error.
     model.eval()
     total_loss, confusion = 0.0, 0
@@ -72,7 +72,7 @@ def evaluate(model, loader, limit, device):
         images, labels = images.to(device), labels.to(device)
         logits = model(images)
         #: Times the batch's size: the last batch is shorter, and a mean of batch means is wrong.
-        total_loss += F.cross_entropy(logits, labels).item() * len(labels)
+        total_loss += loss_function(logits, labels).item() * len(labels)
         pairs = 10 * labels + logits.argmax(1)  # a number from 0 to 99 for (true, predicted)
         confusion += torch.bincount(pairs.cpu(), minlength=100).reshape(10, 10)
     return compute_metrics(total_loss, confusion)
