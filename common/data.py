@@ -336,8 +336,8 @@ def _download(real: Source, folder: Path) -> None:
                     download_url(url, temporary, name, md5)
             if not check_integrity(str(archive), md5):
                 raise BadInput(
-                    f"the data file '{archive}' is cut short or altered (its md5 sum is not {md5}); "
-                    "remove it to have it downloaded again, or use --data shapes."
+                    f"the data file '{archive}' is cut short or altered (its md5 sum is not "
+                    f"{md5}); remove it to have it downloaded again, or use --data shapes."
                 )
             # CIFAR-10's archive brings its folder along, FashionMNIST's files do not.
             into = unpacked.parent if ".tar" in name else unpacked

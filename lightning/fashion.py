@@ -1,6 +1,6 @@
 """The quickstart's MLP on FashionMNIST: a LightningModule and trainer.fit.
 
-Run it with `make lightning-fashion`. Its twin is plain/fashion.py, run with `make plain-fashion`.
+Run it with `make lightning-fashion`. Its twin is plain/fashion.py (`make plain-fashion`).
 docs/fashion.md walks from that file to this one in five moves.
 """
 

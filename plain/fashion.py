@@ -1,6 +1,6 @@
 """The quickstart's MLP on FashionMNIST: its train loop and test loop, written by hand.
 
-Run it with `make plain-fashion`. Its twin is lightning/fashion.py, run with `make lightning-fashion`.
+Run it with `make plain-fashion`. Its twin is lightning/fashion.py (`make lightning-fashion`).
 docs/fashion.md walks from this file to that one in five moves.
 """
 
