@@ -4,11 +4,14 @@ from common.data import Data, Images
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 
 SHOWN = 32  # images in a grid, eight in a row
@@ -96,16 +99,35 @@ def _confusion(data: Data, result: dict[str, Any]) -> Figure:
     return figure
 
 
-@torch.no_grad()
+def predictions(model: nn.Module, data: Data, epoch: int, folder: Path) -> np.ndarray:
+    """Draw the first validation images with what a model in eval mode says of them.
+
+    Writes folder/pictures/epoch_N.png; returns the same picture, uint8 [height, width, 3].
+    """
+    figure = _answers(model, data.val, data.classes, f"epoch {epoch}: images to validate on")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    path = folder / "pictures" / f"epoch_{epoch}.png"
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
 def _predictions(model: nn.Module, data: Data, result: dict[str, Any]) -> Figure:
-    """Draw test images with truth and prediction, the wrong ones in red."""
-    first = replace(data.test, images=data.test.images[:SHOWN], labels=data.test.labels[:SHOWN])
-    images, truth = first.__getitems__(list(range(len(first))))
-    predicted = model(images).argmax(1)
+    heading = f"{result['lesson']}, {result['side']}: test images of {data.name}"
+    return _answers(model, data.test, data.classes, heading)
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, images: Images, classes: tuple[str, ...], heading: str) -> Figure:
+    """Draw the first images with truth and prediction, the wrong ones in red."""
+    first = replace(images, images=images.images[:SHOWN], labels=images.labels[:SHOWN])
+    batch, truth = first.__getitems__(list(range(len(first))))
+    predicted = model(batch.to(next(model.parameters()).device)).argmax(1).cpu()
     titles = [
-        f"is {data.classes[t]}\nsaid {data.classes[p]}"
+        f"is {classes[t]}\nsaid {classes[p]}"
         for t, p in zip(truth.tolist(), predicted.tolist(), strict=True)
     ]
     colors = ["green" if right else "red" for right in (predicted == truth).tolist()]
-    heading = f"{result['lesson']}, {result['side']}: test images of {data.name}"
     return _grid(first, titles, colors, heading)

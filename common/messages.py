@@ -41,6 +41,11 @@ def clear_messages() -> Iterator[None]:
         _exit(f"error: {error}", status=2)
     except OSError as error:
         _exit(f"error: the system refused: {error}.", status=2)
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb."):
+            raise
+        # Asked to go online, without an account or a network. It says what to do in many lines.
+        _exit(f"error: Weights & Biases refused: {str(error).splitlines()[0]}", status=2)
     except (KeyboardInterrupt, SystemExit) as error:
         # The Trainer catches Ctrl-C itself and leaves with SystemExit(1).
         if not _after_ctrl_c(error):

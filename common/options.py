@@ -8,6 +8,7 @@ from common.recipes import RECIPES, Recipe
 
 import argparse
 import contextlib
+import importlib.util
 import math
 import os
 import sys
@@ -58,6 +59,7 @@ def parse_options(lesson: str, argv: Sequence[str] | None = None) -> tuple[Recip
         given["threads"] = default_threads(recipe.batch_size)
     options = Options(**given)
     _check_devices(recipe, options)
+    _check_logger(getattr(recipe, "logger", "csv"))
     _check_runs_dir(options.runs_dir)
     return recipe, options
 
@@ -269,6 +271,21 @@ def _check_devices(recipe: Recipe, options: Options) -> None:
         raise BadInput(
             f"--batch-size {recipe.batch_size} cannot be split evenly over --devices "
             f"{options.devices}; choose a multiple of it."
+        )
+
+
+def _check_logger(logger: str) -> None:
+    """Refuse a logger that is not installed, and a mode that W&B does not know."""
+    if logger != "csv" and importlib.util.find_spec(logger) is None:
+        raise BadInput(
+            f"--logger {logger} needs the package {logger}, which is not installed; install the "
+            'extra `loggers`, pip install -e ".[loggers]", or use --logger csv.'
+        )
+    modes, mode = ("offline", "online", "disabled"), os.environ.get("WANDB_MODE", "offline")
+    if logger == "wandb" and mode not in modes:
+        raise BadInput(
+            f"the environment's WANDB_MODE is '{mode}', but it must be one of "
+            f"{', '.join(modes)}; unset it to stay offline."
         )
 
 

@@ -47,7 +47,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The stages in their order: data, start, steps, weights, optimizer, random, metrics."""
+    """The stages in their order: data, start, steps, weights, optimizer, random, metrics.
+
+    Where a lesson decides when to stop, decisions come last.
+    """
 
     stages: tuple[Stage, ...]
 
@@ -75,9 +78,12 @@ def compare(a: Result, b: Result) -> Comparison:
         ("optimizer", _prints("optimizer")),
         ("random", _prints("random")),
         ("metrics", _metrics),
+        ("decisions", _decisions),
     )
     stages: list[Stage] = []
     for name, check in checks:
+        if name == "decisions" and not a["decisions"] and not b["decisions"]:
+            continue  # most lessons take none
         if any(stage.difference is not None for stage in stages):
             stages.append(Stage(name, 0, None))
             continue
@@ -161,6 +167,15 @@ def _metrics(a: Result, b: Result) -> tuple[int, str | None]:
         if not math.isclose(ours.get(name, -1), theirs.get(name, -1), rel_tol=RELATIVE):
             return compared, f"accuracy of {name}: {_sides(a, ours.get(name), b, theirs.get(name))}"
     return compared, None
+
+
+def _decisions(a: Result, b: Result) -> tuple[int, str | None]:
+    """Check what stopped the training, which epoch was best, and its loss: equal to the bit."""
+    ours, theirs = a["decisions"], b["decisions"]
+    for name in ours.keys() | theirs.keys():
+        if ours.get(name) != theirs.get(name):
+            return len(ours), f"{name}: {_sides(a, ours.get(name), b, theirs.get(name))}"
+    return len(ours), None
 
 
 def _sides(a: Result, x: Any, b: Result, y: Any) -> str:
@@ -268,6 +283,7 @@ NAMES = {
     "optimizer": "optimizer state",
     "random": "state of the random generators",
     "metrics": "counts and averages",
+    "decisions": "what stopped it, best epoch",
 }
 
 

@@ -39,6 +39,8 @@ FILES = (
     "confusion.png",
     "predictions.png",
 )
+# What some lessons write beside these; hparams.yaml is the Trainer's.
+FOLDERS = ("checkpoints", "pictures", "tensorboard", "wandb")
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "numpy")
 
 
@@ -50,7 +52,8 @@ class Run:
     loader handed out in each epoch, `train_loss` one number per optimizer step. `val` has one dict
     per validated epoch with loss, accuracy and f1; `test` has these and accuracy_per_class [10]
     and confusion [10, 10], whose rows are the true classes. `seconds` are those of training and of
-    testing. `random` is the state of the random generators when the run ended.
+    testing. `decisions` says what stopped the run and which weights were tested, where a lesson
+    decides that (see `told`). `random` is the state of the random generators when the run ended.
     """
 
     side: str
@@ -66,6 +69,7 @@ class Run:
     optimizer: Optimizer
     device: torch.device
     seconds: tuple[float, float]
+    decisions: dict[str, Any] = field(default_factory=dict)
     random: dict[str, str] = field(default_factory=lambda: random_state())
 
     def weights(self) -> bytes:
@@ -104,6 +108,7 @@ class Run:
                 zip(self.data.classes, self.test["accuracy_per_class"], strict=True)
             ),
             "confusion_matrix": self.test["confusion"],
+            "decisions": self.decisions,
             "train_seconds": self.seconds[0],
             "test_seconds": self.seconds[1],
             "weights_sha256": _sha256(self.weights()),
@@ -152,32 +157,30 @@ class Run:
 class MetricsFile:
     """metrics.csv, row by row, in the form in which Lightning's CSVLogger writes it."""
 
-    columns = (
-        "epoch",
-        "step",
-        "test_accuracy",
-        "test_f1",
-        "test_loss",
-        "train_loss",
-        "val_accuracy",
-        "val_f1",
-        "val_loss",
-    )
-
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.csv"
-        with self.path.open("w", newline="") as file:
-            csv.DictWriter(file, self.columns).writeheader()
+        self.columns = ["epoch", "step"]
+        self.rows: list[dict[str, Any]] = []
 
-    def write(self, epoch: int, step: int, stage: str, values: Mapping[str, Any]) -> None:
+    def write(
+        self, epoch: int, step: int, stage: str, values: Mapping[str, Any]
+    ) -> dict[str, float]:
         """Add one row at once, so that a run that is stopped keeps it.
 
-        `stage` is train, val or test; of `values`, loss, accuracy and f1 are written.
+        `stage` is train, val or test; those of `values` are written that are numbers. Returns
+        them and the epoch, under the names that the Trainer gives them: train_loss, val_loss...
         """
-        row = {f"{stage}_{name}": value for name, value in values.items()}
-        row = {name: value for name, value in row.items() if name in self.columns}
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow({"epoch": epoch, "step": step, **row})
+        numbers = {f"{stage}_{k}": v for k, v in values.items() if isinstance(v, float)}
+        self.rows.append({"epoch": epoch, "step": step, **numbers})
+        new = numbers.keys() - set(self.columns)
+        if new:  # a new column changes the head: the whole file is written anew
+            self.columns = sorted([*self.columns, *new])
+        with self.path.open("w" if new else "a", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if new:
+                writer.writeheader()
+            writer.writerows(self.rows if new else self.rows[-1:])
+        return {"epoch": epoch, **numbers}
 
 
 def run_folder(options: Options, lesson: str, side: str) -> Path:
@@ -197,8 +200,10 @@ def start_folder(options: Options, lesson: str, side: str) -> Path:
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
+    for name in (*FILES, "hparams.yaml"):
         (folder / name).unlink(missing_ok=True)
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
     return folder
 
 
@@ -208,6 +213,39 @@ def hyperparameters(recipe: Recipe, options: Options) -> dict[str, Any]:
     for name in ("lesson", "data_dir", "runs_dir", "threads", "seed", "defaults"):
         del settings[name]
     return settings
+
+
+def settings_of(recipe: Recipe, options: Options, data: Data) -> dict[str, Any]:
+    """Return what a checkpoint needs beside its weights: all settings, and the classes' names."""
+    names = {"lesson": recipe.lesson, "seed": recipe.seed, "classes": list(data.classes)}
+    return {**hyperparameters(recipe, options), **names, "data": data.name}
+
+
+def told(
+    reason: str, val: list[dict[str, Any]], best: int | None, recipe: Any, options: Options
+) -> dict[str, Any]:
+    """Say in words, the same on both sides, what stopped a run and which weights were tested.
+
+    `reason` is "not stopped", "patience exhausted" or "non finite metric"; `best` is the epoch of
+    the best checkpoint, None where no epoch was validated.
+    """
+    why = {
+        "non finite metric": "early stopping: the validation loss is not a number",
+        "patience exhausted": "early stopping: no validation loss lower by more than "
+        f"{recipe.min_delta} for {recipe.patience} epochs",
+        "not stopped": f"--max-epochs {recipe.max_epochs}"
+        if options.max_steps == -1 or len(val) == recipe.max_epochs
+        else f"--max-steps {options.max_steps}",
+    }[reason]
+    if best is None:
+        return {"stopped by": why, "tested": "the last weights, since no epoch was validated"}
+    return {
+        "stopped by": why,
+        "epochs": len(val),
+        "best epoch": best,
+        "best validation loss": val[best]["loss"],
+        "tested": f"the weights of epoch {best}, checkpoints/best.ckpt",
+    }
 
 
 def versions() -> dict[str, str]:
@@ -305,6 +343,10 @@ def finish(run: Run) -> None:
     for name, accuracy in result["test_accuracy_per_class"].items():
         table.add_row(f"accuracy, {name}", f"{accuracy:.2%}")
     table.add_section()
+    for name, value in result["decisions"].items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else f"{value}")
+    if result["decisions"]:
+        table.add_section()
     table.add_row("optimizer steps", f"{len(result['train_loss']):,}")
     table.add_row("seconds of training", f"{result['train_seconds']:.1f}")
     table.add_row("seconds of testing", f"{result['test_seconds']:.1f}")
@@ -314,7 +356,7 @@ def finish(run: Run) -> None:
     if None in result["train_loss"]:
         step = result["train_loss"].index(None) + 1
         print(f"The loss of step {step} is not a number: nothing was learned; try a smaller --lr.")
-    print(f"Written to {folder}/: {', '.join(FILES)}")
+    print(f"Written to {folder}/: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
 def _finite(value: Any) -> Any:

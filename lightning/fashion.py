@@ -77,32 +77,44 @@ class LitMLP(L.LightningModule):
 
 
 # %% Run
-def run(recipe, options):
+#: What cifar has at the head and at the end of its run; the next lessons import it from here.
+def prepare(recipe, options):
     torch.set_num_threads(options.threads)
     data = load_data(recipe, options)
-    if recipe.one_hot:
-        #: For training alone: accuracy is counted with class numbers.
-        data = replace(data, train=replace(data.train, target_transform=one_hot))
     summary(recipe.model(), tuple(data.train.images.shape[1:]), device="cpu")
     L.seed_everything(recipe.seed, verbose=False)
     net = recipe.model()
-    start = fingerprints(net.state_dict())
-    model = LitMLP(net, recipe)
-    datamodule = ImageDataModule(data, recipe, options)
-    trainer = make_trainer(recipe, options, start_folder(options, recipe.lesson, "lightning"))
+    return data, net, fingerprints(net.state_dict())
+
+
+def fit_and_test(trainer, model, datamodule, best=False):
     began = time.perf_counter()
     trainer.fit(model, datamodule)
     fitted = time.perf_counter()
     order = trainer.train_dataloader.sampler.handed_out
     losses = trainer.strategy.reduce(torch.stack(model.losses), reduce_op="mean").tolist()
-    trainer.test(model, datamodule, verbose=False)
+    #: Which weights are tested: the best checkpoint's, or the last ones. Say it, as here.
+    path = trainer.checkpoint_callback.best_model_path if best else None
+    trainer.test(model, datamodule, ckpt_path=path or None, verbose=False)
     seconds = (fitted - began, time.perf_counter() - fitted)
     val, (test,) = read_metrics(trainer.log_dir, "val"), read_metrics(trainer.log_dir, "test")
     confusion = model.confusion.compute()
     test["confusion"] = confusion.tolist()
     test["accuracy_per_class"] = (confusion.diag() / confusion.sum(1).clamp(min=1)).tolist()
-    trained = (net, trainer.optimizers[0], trainer.strategy.root_device, seconds)
-    return Run("lightning", recipe, options, data, start, order, losses, val, test, *trained)
+    trained = (model.model, trainer.optimizers[0], trainer.strategy.root_device, seconds)
+    return order, losses, val, test, *trained
+
+
+def run(recipe, options):
+    data, net, start = prepare(recipe, options)
+    if recipe.one_hot:
+        #: For training alone: accuracy is counted with class numbers.
+        data = replace(data, train=replace(data.train, target_transform=one_hot))
+    model = LitMLP(net, recipe)
+    datamodule = ImageDataModule(data, recipe, options)
+    trainer = make_trainer(recipe, options, start_folder(options, recipe.lesson, "lightning"))
+    results = fit_and_test(trainer, model, datamodule)
+    return Run("lightning", recipe, options, data, start, *results)
 
 
 # %% Command line

@@ -89,12 +89,10 @@ def fit(model, optimizer, data, recipe, options, device, log):
 
 
 # %% Run
-def run(recipe, options):
+#: What cifar has at the head of its run; the next lessons import it from here.
+def prepare(recipe, options):
     torch.set_num_threads(options.threads)
     data = load_data(recipe, options)
-    if recipe.one_hot:
-        #: For training alone: accuracy is counted with class numbers.
-        data = replace(data, train=replace(data.train, target_transform=one_hot))
     summary(recipe.model(), tuple(data.train.images.shape[1:]), device="cpu")
     seed_everything(recipe.seed)
     device = choose_device(options.accelerator)
@@ -102,6 +100,14 @@ def run(recipe, options):
     start = fingerprints(net.state_dict())
     optimizer = configure_optimizers(net, recipe)
     model = torch.nn.DataParallel(net, range(options.devices)) if options.devices > 1 else net
+    return data, device, net, start, optimizer, model
+
+
+def run(recipe, options):
+    data, device, net, start, optimizer, model = prepare(recipe, options)
+    if recipe.one_hot:
+        #: For training alone: accuracy is counted with class numbers.
+        data = replace(data, train=replace(data.train, target_transform=one_hot))
     log = MetricsFile(start_folder(options, recipe.lesson, "plain"))
     began = time.perf_counter()
     losses, val, order = fit(model, optimizer, data, recipe, options, device, log)
