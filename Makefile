@@ -16,17 +16,17 @@ $(error there is no lesson for '$(UNKNOWN)'; there are: $(LESSONS))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow lint format lock clean FORCE
+.PHONY: help setup parity predict test test-slow lint format lock clean FORCE
 
 help: ## print these lines
 	@echo "usage: make TARGET [ARGS=\"--max-epochs 5\"]"
 	@awk -F ':.*## ' -v lessons="$(LESSONS)" ' \
 		/^[a-z%-]+:.*## / { \
-			if ($$1 !~ /%/) { printf "  make %-18s %s\n", $$1, $$2; next } \
+			if ($$1 !~ /%/) { printf "  make %-20s %s\n", $$1, $$2; next } \
 			n = split(lessons, names, " "); \
 			for (i = 1; i <= n; i++) { \
 				target = $$1; text = $$2; gsub(/%/, names[i], target); gsub(/NAME/, names[i], text); \
-				printf "  make %-18s %s\n", target, text } }' Makefile
+				printf "  make %-20s %s\n", target, text } }' Makefile
 
 plain-%: .venv/ready FORCE ## train NAME with the loop written by hand; ARGS="--help" lists its options
 	@$(BIN)/python plain/$*.py $(ARGS)
@@ -37,8 +37,14 @@ lightning-%: .venv/ready FORCE ## train NAME with Lightning's Trainer; the same 
 parity-%: .venv/ready FORCE ## prove that both sides of NAME do the same; the same options
 	@$(BIN)/python -m common.parity $* $(ARGS)
 
+parity: .venv/ready ## prove it for every lesson, and print one table; only options that all have
+	@$(BIN)/python -m common.parity $(ARGS)
+
 diff-%: .venv/ready FORCE ## show both sides of NAME side by side; ARGS="--no-comments" leaves out the lesson
 	@$(BIN)/python -m common.sidebyside $* $(ARGS)
+
+predict: .venv/ready ## classify a picture: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=cat.png
+	@$(BIN)/python -m common.predict "$(CHECKPOINT)" "$(IMAGE)"
 
 test: .venv/ready ## run the tests (without network; with the real images where DATA_DIR names them)
 	@$(BIN)/python -m pytest $(ARGS)

@@ -245,6 +245,8 @@ def _add_own(add: Callable[..., Any], own: Field, default: Any) -> None:
         add(name, action="store_true", default=default, help=rule["help"])
     elif "choices" in rule:
         add(name, choices=rule["choices"], default=default, help=rule["help"])
+    elif isinstance(default, str):
+        add(name, default=default, metavar="FILE", help=rule["help"])
     else:
         least = rule["at_least"]
         wanted = f"a {'whole ' * isinstance(default, int)}number from {least} on"

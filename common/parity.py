@@ -1,8 +1,8 @@
 """Hold two runs against each other, stage by stage, and name the first difference.
 
 `python -m common.parity LESSON [options]` runs whichever side has not been run with these options,
-compares the two results and prints a table. Exit status 0: all agree; 1: they differ; 2: they
-cannot be compared.
+compares the two results and prints a table. Without a lesson it does so for all of them, and ends
+with one table. Exit status 0: all agree; 1: they differ; 2: they cannot be compared.
 """
 
 from common import ROOT, SIDES
@@ -198,21 +198,38 @@ def _list(value: Any) -> list[float]:
 
 
 def main(argv: list[str]) -> int:
-    """Compare the two sides of one lesson; return the exit status."""
-    lesson, *arguments = argv or [""]
-    if lesson not in RECIPES:
-        raise BadInput(f"there is no lesson '{lesson}'; there are: {', '.join(RECIPES)}.")
-    recipe, options = parse_options(lesson, arguments)
-    for side in SIDES:
-        if not _is_of(_read(side, recipe, options), side, recipe, options):
-            print(f"The {side} side has not been run with these settings: running it.", flush=True)
-            command = [sys.executable, str(ROOT / side / f"{lesson}.py"), *arguments]
-            if status := _wait_for(subprocess.Popen(command)):
+    """Compare the two sides of one lesson, or of all; return the exit status."""
+    lessons = list(RECIPES)
+    if argv and not argv[0].startswith("-"):
+        lessons, argv = argv[:1], argv[1:]
+        if lessons[0] not in RECIPES:
+            raise BadInput(f"there is no lesson '{lessons[0]}'; there are: {', '.join(RECIPES)}.")
+    # Read for all before anything is run: an option that one lesson lacks ends it here.
+    settings = [parse_options(lesson, argv) for lesson in lessons]
+    pairs = []
+    for recipe, options in settings:
+        for side in SIDES:
+            if status := _run_if_needed(side, recipe, options, argv):
                 return status
-    a, b = (_read(side, recipe, options) for side in SIDES)
-    comparison = compare(a, b)
-    show(a, b, comparison)
-    return 0 if comparison.agree else 1
+        a, b = (_read(side, recipe, options) for side in SIDES)
+        pairs.append((a, b, compare(a, b)))
+        show(*pairs[-1])
+    if len(pairs) > 1:
+        show_all(pairs)
+    return 0 if all(comparison.agree for _, _, comparison in pairs) else 1
+
+
+def _run_if_needed(side: str, recipe: Recipe, options: Options, argv: list[str]) -> int:
+    """Run one side, unless its result is there; return the exit status."""
+    if _is_of(_read(side, recipe, options), side, recipe, options):
+        return 0
+    print(
+        f"The {side} side of {recipe.lesson} has not been run with these settings: running it.",
+        flush=True,
+    )
+    return _wait_for(
+        subprocess.Popen([sys.executable, str(ROOT / side / f"{recipe.lesson}.py"), *argv])
+    )
 
 
 def _wait_for(process: subprocess.Popen) -> int:
@@ -275,6 +292,30 @@ def show(a: Result, b: Result, comparison: Comparison) -> None:
         print(f"The two sides agree: {steps:,} steps, test accuracy {accuracy:.2%}.")
 
 
+def show_all(pairs: list[tuple[Result, Result, Comparison]]) -> None:
+    """Print one table of all lessons."""
+    table = Table(title="all lessons: plain and lightning", title_justify="left")
+    for name in ("lesson", "data"):
+        table.add_column(name)
+    for name in ("steps", "compared", "test accuracy", "train seconds"):
+        table.add_column(name, justify="right")
+    table.add_column("result")
+    for a, b, comparison in pairs:
+        first = comparison.first_difference
+        table.add_row(
+            a["lesson"],
+            a["data"],
+            f"{len(a['train_loss']):,}",
+            f"{sum(stage.compared for stage in comparison.stages):,}",
+            f"{a['test_accuracy']:.2%}",
+            f"{a['train_seconds']:.1f}, {b['train_seconds']:.1f}",
+            f"DIFFERENT: {NAMES[first.name]}" if first else "equal",
+        )
+    Console().print(table)
+    agreeing = sum(comparison.agree for _, _, comparison in pairs)
+    print(f"The two sides agree in {agreeing} of {len(pairs)} lessons.")
+
+
 NAMES = {
     "data": "data, split and order",
     "start": "initial weights",
@@ -283,7 +324,7 @@ NAMES = {
     "optimizer": "optimizer state",
     "random": "state of the random generators",
     "metrics": "counts and averages",
-    "decisions": "what stopped it, best epoch",
+    "decisions": "decisions",
 }
 
 

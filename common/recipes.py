@@ -35,7 +35,7 @@ class Recipe:
 def option(default: Any, text: str, **rule: Any) -> Any:
     """Make a recipe's field an option of its lesson's command line.
 
-    `rule` is choices=(...), or at_least=number; a bool needs none.
+    `rule` is choices=(...), or at_least=number; a bool needs none, and neither does a file's name.
     """
     return field(default=default, metadata={"help": text, **rule})
 
@@ -58,7 +58,7 @@ class CallbacksRecipe(Recipe):
 class FinetuneRecipe(Recipe):
     backbone: str = option(
         "vgg16",
-        "torchvision's network; the others take a tenth of the time or less",
+        "torchvision's network; the other two take a tenth of the time",
         choices=("vgg16", "resnet18", "mobilenet_v3_small"),
     )
     weights: str = option(
@@ -70,6 +70,7 @@ class FinetuneRecipe(Recipe):
     unfreeze_at_epoch: int = option(
         1, "the first epoch, counted from 0, in which the backbone is trained too", at_least=0
     )
+    start_from: str = option("", "a checkpoint or weights.pt of either side to start from")
 
 
 RECIPES: dict[str, Any] = {

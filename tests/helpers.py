@@ -1,11 +1,10 @@
 """What the tests share: loading a lesson, changed or not, and training it on a few images."""
 
-from common import ROOT, SIDES
+from common import ROOT, SIDES, figures
 from common import data as data_module
-from common.data import Data, Images
+from common.data import PIXELS, Data, Images
 from common.options import Options
 from common.recipes import RECIPES
-from common.shapes import CLASSES, draw_shapes
 
 import functools
 import importlib.util
@@ -14,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -58,44 +58,63 @@ def load_lesson(side: str, name: str, *changes: tuple[str, str]):
             sys.modules.pop(sibling, None)
 
 
-def real_data() -> Path | None:
-    """The folder with the real CIFAR-10, where DATA_DIR names one."""
+def real_data(name: str = "cifar10") -> Path | None:
+    """The folder with the real images of that name, where DATA_DIR names one."""
     folder = os.environ.get("DATA_DIR")
-    return Path(folder) if folder and data_module.is_here(Path(folder)) else None
+    return Path(folder) if folder and data_module.is_here(Path(folder), name) else None
 
 
 @functools.cache
-def some_images() -> tuple[str, tuple[str, ...], Images]:
-    """2,000 images: real ones where DATA_DIR has them, else shapes."""
-    if folder := real_data():
-        test = data_module.CIFAR10(str(folder), train=False)
-        images = torch.from_numpy(test.data[:2000]).permute(0, 3, 1, 2).contiguous()
-        return "cifar10", tuple(test.classes), Images(images, torch.tensor(test.targets[:2000]))
-    return "shapes", CLASSES, Images(*draw_shapes(2000, seed=3))
+def some_images(name: str = "cifar10") -> tuple[str, tuple[str, ...], Images]:
+    """2,000 images in that set's format: real ones where DATA_DIR has them, else shapes."""
+    if folder := real_data(name):
+        classes, _, test = data_module._real(name, folder)
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            few = lambda draw: lambda count, seed: draw(2000, seed)  # noqa: E731
+            for draw in ("draw_shapes", "draw_grey_shapes"):
+                patch.setattr(data_module.shapes, draw, few(getattr(data_module.shapes, draw)))
+            classes, _, test = data_module._shapes_like(name)
+    return name if folder else "shapes", classes, Images(test.images[:2000], test.labels[:2000])
 
 
-def small_data(train: int = 120, val: int = 130, test: int = 140) -> Data:
-    name, classes, all_images = some_images()
+def small_data(train: int = 120, val: int = 130, test: int = 140, lesson: str = "cifar") -> Data:
+    recipe = RECIPES[lesson]
+    name, classes, all_images = some_images(recipe.data)
     splits, start = [], 0
     for length in (train, val, test):
         part = slice(start, start + length)
-        splits.append(Images(all_images.images[part], all_images.labels[part]))
+        images, labels = all_images.images[part], all_images.labels[part]
+        splits.append(Images(images, labels, PIXELS[recipe.pixels]))
         start += length
     return Data(name, classes, *splits)
 
 
 class Noisy(nn.Module):
-    """A small network that shows whether it trains or evaluates: BatchNorm and dropout."""
+    """A small network that shows whether it trains or evaluates: BatchNorm and dropout.
 
-    def __init__(self) -> None:
+    It serves every lesson: it ends with log_softmax, and has a backbone and a head.
+    """
+
+    channels, flattened = 3, 400
+
+    def __init__(self, backbone: str = "") -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 4, 5, stride=3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
-            nn.Dropout(0.5), nn.Linear(400, 10),
+        self.backbone = nn.Sequential(
+            nn.Conv2d(self.channels, 4, 5, stride=3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+            nn.Dropout(0.5),
         )  # fmt: skip
+        self.head = nn.Linear(self.flattened, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
+        return self.head(self.backbone(x)).log_softmax(1)
+
+
+class GreyNoisy(Noisy):
+    channels, flattened = 1, 256  # images of 28 by 28
+
+
+NOISY = {"cifar10": Noisy, "fashionmnist": GreyNoisy}
 
 
 def train(side, runs_dir, monkeypatch, *changes, data=None, lesson="cifar", model=None, **settings):
@@ -103,11 +122,17 @@ def train(side, runs_dir, monkeypatch, *changes, data=None, lesson="cifar", mode
 
     A learning rate of 0.02 on so few steps: the weights must move far enough to show differences.
     """
+    recipe = RECIPES[lesson]
+    # Before the lesson imports it, directly or through an earlier lesson.
+    data = data or small_data(lesson=lesson)
+    monkeypatch.setattr(data_module, "load_data", lambda recipe, options: data)
     module = load_lesson(side, lesson, *changes)
     # Not a divisor of the 130 validation images: averages over batches and samples differ.
     monkeypatch.setattr(data_module, "EVAL_BATCH_SIZE", 50)
-    monkeypatch.setattr(module, "load_data", lambda recipe, options: data or small_data())
-    recipe = replace(RECIPES[lesson], **{"lr": 0.02, "batch_size": 8, "model": model or Noisy})
+    monkeypatch.setattr(figures, "SHOWN", 8)  # the drawing of more takes longer than the training
+    settings = {"lr": 0.02, "batch_size": 8, "max_epochs": 2, "weights": "random"} | settings
+    recipe = replace(recipe, model=model or NOISY[recipe.data])
     of_recipe = {name: settings.pop(name) for name in list(settings) if hasattr(recipe, name)}
+    settings.pop("weights", None)  # only finetune has such a setting
     options = Options(accelerator="cpu", runs_dir=runs_dir, log_every_n_steps=5)
     return module.run(replace(recipe, **of_recipe), replace(options, **settings))

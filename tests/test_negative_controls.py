@@ -50,7 +50,7 @@ CHANGES = {
     ),
     "a weight missing": (
         "lightning", "weights",
-        ("    trained = (net,", "    del net.layers[1].bias\n    trained = (net,"),
+        ("    trained = (net,", "    del net.backbone[1].bias\n    trained = (net,"),
     ),
     "optimizer changed after training": (
         "lightning", "optimizer",
@@ -179,5 +179,5 @@ def test_other_settings_are_refused_by_name(unchanged, path, value):
 
 
 def test_the_small_network_shows_its_mode():
-    assert any("BatchNorm" in type(layer).__name__ for layer in Noisy().layers)
-    assert any("Dropout" in type(layer).__name__ for layer in Noisy().layers)
+    assert any("BatchNorm" in type(layer).__name__ for layer in Noisy().backbone)
+    assert any("Dropout" in type(layer).__name__ for layer in Noisy().backbone)

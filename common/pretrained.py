@@ -1,0 +1,73 @@
+"""The weights of torchvision's pretrained networks: found, downloaded, or done without."""
+
+from common.data import Unreachable, giving_up, probe
+from common.messages import BadInput
+from common.models import Transfer
+
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+from torchvision.models import get_model_weights
+
+
+def load_pretrained(net: Transfer, backbone: str, choice: str) -> str:
+    """Load ImageNet's weights into a network's backbone; return "imagenet" or "random".
+
+    `choice` is "imagenet", "random", which leaves the weights as they are, or "auto": the former
+    where they are here or can be downloaded, else the latter, with a notice. They lie where
+    torchvision keeps them, under $TORCH_HOME.
+
+    Raises BadInput where "imagenet" cannot be had, and where the file is damaged.
+    """
+    if choice == "random":
+        return "random"
+    url = get_model_weights(backbone).IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+    digest = path.stem.rsplit("-", 1)[-1]  # the name ends with the first digits of its sha256
+    try:
+        _download(url, path, digest)
+    except Unreachable as reason:
+        if choice == "imagenet":
+            raise BadInput(
+                f"the weights of {backbone} are not in '{path.parent}' and could not be downloaded "
+                f"({reason}); put {path.name} there, or use --weights random."
+            ) from None
+        _print_notice(backbone, path, reason)
+        return "random"
+    with path.open("rb") as file:
+        if not hashlib.file_digest(file, "sha256").hexdigest().startswith(digest):
+            raise BadInput(
+                f"the file '{path}' is cut short or altered (its sha256 does not begin with "
+                f"{digest}); remove it to have it downloaded again, or use --weights random."
+            )
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    # All but the last layer, which chose among ImageNet's thousand classes.
+    for name in ("weight", "bias"):
+        del weights[f"{net.last_name}.{name}"]
+    net.backbone.load_state_dict(weights)
+    return "imagenet"
+
+
+def _download(url: str, path: Path, digest: str) -> None:
+    if not path.exists():
+        probe(url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with giving_up():  # into a temporary file, renamed when its sum is right
+            torch.hub.download_url_to_file(url, str(path), digest)
+
+
+def _print_notice(backbone: str, path: Path, reason: Exception) -> None:
+    line = "!" * 88
+    print(
+        f"{line}\n"
+        f"  THIS {backbone.upper()} IS NOT PRETRAINED. Its weights were not found, and could\n"
+        "  not be downloaded, so it begins with random ones. The numbers below say nothing\n"
+        "  about fine-tuning.\n"
+        f"  Looked for: {path}\n"
+        f"  Download: {reason}\n"
+        f"{line}",
+        file=sys.stderr,
+        flush=True,
+    )
