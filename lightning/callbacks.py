@@ -89,6 +89,11 @@ class LitCallbacks(LitClassifier):
         self.log("train_accuracy", self.train_accuracy, **both)
         return loss
 
+    def on_train_end(self):
+        #: Now, since to test the best checkpoint sets the callbacks back to what they were then.
+        reason = self.trainer.early_stopping_callback.stopping_reason
+        self.reason = reason.name.lower().replace("_", " ")
+
     def validation_step(self, batch, batch_idx, stage="val"):
         images, labels = batch
         output = self.model(images)
@@ -128,10 +133,9 @@ def run(recipe, options):
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
-    reason = trainer.early_stopping_callback.stopping_reason.name.lower().replace("_", " ")
     val, best = results[2], trainer.checkpoint_callback.best_model_path
     best = torch.load(best, weights_only=True)["epoch"] if best else None
-    decisions = told(reason, val, best, recipe, options)
+    decisions = told(model.reason, val, best, recipe, options)
     return Run("lightning", recipe, options, data, start, *results, decisions)
 
 
