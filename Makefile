@@ -44,6 +44,8 @@ diff-%: .venv/ready FORCE ## show both sides of NAME side by side; ARGS="--no-co
 	@$(BIN)/python -m common.sidebyside $* $(ARGS)
 
 predict: .venv/ready ## classify a picture: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=cat.png
+	@test -n "$(CHECKPOINT)" && test -n "$(IMAGE)" || { \
+		echo "error: predict needs both names: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=cat.png" >&2; exit 2; }
 	@$(BIN)/python -m common.predict "$(CHECKPOINT)" "$(IMAGE)"
 
 test: .venv/ready ## run the tests (without network; with the real images where DATA_DIR names them)

@@ -1,15 +1,17 @@
 """The lesson `callbacks`: the decisions are Lightning's, and every logger holds the same."""
 
-from common import checkpoints
+from common import ROOT, checkpoints
 from common import options as options_module
 from common.options import Options
 from common.parity import compare
 from common.recipes import RECIPES
+from common.sidebyside import cells
 
 import csv
 import io
 import json
 import math
+import re
 import struct
 import sys
 import time
@@ -201,7 +203,7 @@ CHANGES = {
         "lightning", "decisions",
         ('else loss.double()', 'else loss'),
     ),
-    "another learning rate in the other optimizer": (
+    "twice the learning rate": (
         "lightning", "steps",
         ("super().__init__(model, recipe, ",
          "super().__init__(model, type(recipe)(**{**vars(recipe), 'lr': 2 * recipe.lr}), "),
@@ -456,3 +458,15 @@ def test_wandb_goes_online_only_when_told_to(side, tmp_path, monkeypatch, capsys
     monkeypatch.setenv("WANDB_MODE", "sideways")
     said = refused(side, ["--logger", "wandb"], tmp_path, monkeypatch, capsys)
     assert "WANDB_MODE is 'sideways'" in said and "offline, online, disabled" in said
+
+
+def test_the_exercises_are_tested_changes():
+    page = (ROOT / "docs" / "callbacks.md").read_text()
+    rows = re.findall(r"^\| (.+) \| (plain|lightning) \| (\w+) \|$", page, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(CHANGES) and len(rows) >= 7
+    for name, side, stage in rows:
+        assert CHANGES[name][:2] == (side, stage), name
+        count("exercises")
+    titles = re.findall(r"^\| ([A-Z][^|]+?) \|", page, re.MULTILINE)
+    source = (ROOT / "plain" / "callbacks.py").read_text()
+    assert titles == [title for title in cells(source) if title]

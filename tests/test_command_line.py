@@ -2,19 +2,24 @@
 
 from common import ROOT
 from common.data import CIFAR10
+from common.messages import BadInput
 from common.parity import main as parity
+from common.recipes import RECIPES
 from common.runs import FILES
 from common.sidebyside import main as sidebyside
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import SIDES, count, load_lesson
+from helpers import SIDES, count, lessons, load_lesson
 
 GPU = torch.cuda.is_available()
 NOT_A_FOLDER = ROOT / "Makefile" / "folder"
@@ -175,14 +180,12 @@ def test_parity_runs_the_side_that_is_missing_or_of_other_settings(main_job, mon
     assert parity(["cifar", *arguments]) == 0
     assert [command[1] for command in commands] == [str(ROOT / "plain" / "cifar.py")]
     assert commands[0][2:] == arguments
-    assert "The plain side has not been run with these settings" in capsys.readouterr().out
+    assert "The plain side of cifar has not been run with these settings" in capsys.readouterr().out
 
 
 def test_results_of_other_settings_data_or_code_are_not_reused(main_job, monkeypatch, tmp_path):
     from common import parity as module
     from common.options import parse_options
-
-    from dataclasses import replace
 
     recipe, options = parse_options("cifar", main_job[1])
     result = module._read("plain", recipe, options)
@@ -203,8 +206,6 @@ def test_results_of_other_settings_data_or_code_are_not_reused(main_job, monkeyp
 
 
 def test_parity_says_that_sides_differ(main_job, monkeypatch, capsys):
-    import json
-
     folder, arguments, _ = main_job
     monkeypatch.setattr("common.parity._is_of", lambda *_: True)
     path = folder / "cifar" / "plain" / "result.json"
@@ -221,8 +222,101 @@ def test_parity_says_that_sides_differ(main_job, monkeypatch, capsys):
 
 def test_unknown_lessons():
     for command in (parity, sidebyside):
-        with pytest.raises(Exception, match=r"there is no lesson 'nope'; there are: cifar"):
+        with pytest.raises(BadInput, match=r"there is no lesson 'nope'; there are: c.*, fashion"):
             command(["nope"])
+
+
+class InThisProcess:
+    """Stands for a process that `common.parity` starts: starting 8 of them would take minutes."""
+
+    def __init__(self, command):
+        path = Path(command[1])
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(sys, "argv", [path.name, *command[2:]])
+            load_lesson(path.parent.name, path.stem).main()
+
+    def wait(self):
+        return 0
+
+
+def test_parity_of_all_lessons(tmp_path, monkeypatch, capsys):
+    """`make parity`: every lesson from its command line to one table."""
+    few = replace(RECIPES["finetune"], backbone="mobilenet_v3_small", weights="random")
+    monkeypatch.setitem(RECIPES, "finetune", few)
+    monkeypatch.setattr(subprocess, "Popen", InThisProcess)
+    arguments = ["--accelerator", "cpu", "--data", "shapes", "--max-epochs", "1",
+                 "--limit-train-batches", "3", "--limit-val-batches", "1",
+                 "--limit-test-batches", "1", "--runs-dir", str(tmp_path)]  # fmt: skip
+    assert parity(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.count("has not been run with these settings") == 2 * len(lessons())
+    rows = [line for line in said.splitlines() if line.endswith("│ equal  │")]
+    assert [row.split()[1] for row in rows] == list(RECIPES)
+    assert f"The two sides agree in {len(RECIPES)} of {len(RECIPES)} lessons." in said
+    for name in lessons():
+        for side in SIDES:
+            assert {path.name for path in (tmp_path / name / side).iterdir()} >= set(FILES)
+            count("lessons run from the command line")
+    # Once more: nothing is run. One loss altered: the table says which lesson, and where.
+    path = tmp_path / "fashion" / "lightning" / "result.json"
+    result = json.loads(path.read_text())
+    result["train_loss"][2] += 1e-7
+    path.write_text(json.dumps(result))
+    assert parity(arguments) == 1
+    said = capsys.readouterr().out
+    assert "has not been run" not in said
+    assert f"The two sides agree in {len(RECIPES) - 1} of {len(RECIPES)} lessons." in said
+    assert len([line for line in said.splitlines() if "DIFFERENT:" in line]) == 1
+
+
+def test_parity_of_all_takes_only_options_that_all_have(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parity(["--one-hot"])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "--one-hot" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "lesson, arguments, expected",
+    [
+        ("fashion", ["--one-hot", "yes"], "unrecognized arguments: yes"),
+        ("fashion", ["--data", "cifar10"], "'auto', 'fashionmnist', 'shapes'"),
+        ("fashion", ["--logger", "csv"], "unrecognized arguments: --logger"),
+        ("finetune", ["--backbone", "alexnet"], "'vgg16', 'resnet18', 'mobilenet_v3_small'"),
+        ("finetune", ["--weights", "mine.pt"], "'auto', 'imagenet', 'random'"),
+        ("finetune", ["--unfreeze-at-epoch", "-1"], "a whole number from 0 on, got '-1'"),
+        ("cifar", ["--patience", "3"], "unrecognized arguments: --patience"),
+    ],
+)
+def test_bad_input_to_a_lessons_own_options(
+    lesson, arguments, expected, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for side in SIDES:
+        monkeypatch.setattr(sys, "argv", [f"{lesson}.py", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            load_lesson(side, lesson).main()
+        assert exit_.value.code == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and expected in said, said
+        count("bad inputs")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lesson", lessons())
+def test_both_sides_have_the_same_options(lesson, monkeypatch, capsys):
+    texts = []
+    for side in SIDES:
+        monkeypatch.setattr(sys, "argv", [f"{lesson}.py", "--help"])
+        with pytest.raises(SystemExit):
+            load_lesson(side, lesson).main()
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    own = [one.name for one in fields(RECIPES[lesson]) if one.metadata]
+    for name in own:
+        assert f"--{name.replace('_', '-')} " in texts[0], name
+    assert texts[0].count("(default:") == 17 + len(own)
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -84,6 +84,15 @@ def test_no_such_lesson(fresh, target):
     assert not (fresh / ".venv").exists()
 
 
+def test_predict_needs_both_names(fresh):
+    (fresh / ".venv").mkdir()
+    (fresh / ".venv" / "ready").touch()
+    for arguments in ([], ["CHECKPOINT=a.ckpt"], ["IMAGE=a.png"]):
+        assert "predict needs both names" in one_sentence(make("predict", *arguments, cwd=fresh))
+    said = make("--dry-run", "predict", "CHECKPOINT=a b.ckpt", "IMAGE=c.png", cwd=fresh).stdout
+    assert '-m common.predict "a b.ckpt" "c.png"' in said
+
+
 def test_arguments_are_passed_on(fresh):
     (fresh / ".venv").mkdir()
     (fresh / ".venv" / "ready").touch()
@@ -92,6 +101,7 @@ def test_arguments_are_passed_on(fresh):
         ("lightning-cifar", "lightning/cifar.py"),
         ("parity-cifar", "-m common.parity cifar"),
         ("diff-cifar", "-m common.sidebyside cifar"),
+        ("parity", "-m common.parity"),
     ):
         said = make("--dry-run", target, "ARGS=--max-epochs 5", cwd=fresh).stdout
         assert f"{command} --max-epochs 5" in said
