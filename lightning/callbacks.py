@@ -36,7 +36,7 @@ class ImagePredictionLogger(L.Callback):
 
     #: In the middle of the hooks' order: still in eval mode, and without gradients.
     def on_validation_end(self, trainer, module):
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or not trainer.is_global_zero:
             return
         epoch, step = trainer.current_epoch, trainer.global_step - 1
         pixels = figures.predictions(module.model, self.data, epoch, self.folder)
