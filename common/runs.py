@@ -53,7 +53,7 @@ class Run:
     per validated epoch with loss, accuracy and f1; `test` has these and accuracy_per_class [10]
     and confusion [10, 10], whose rows are the true classes. `seconds` are those of training and of
     testing. `decisions` says what stopped the run and which weights were tested, where a lesson
-    decides that (see `told`). `random` is the state of the random generators when the run ended.
+    decides that (see `report`). `random` is the state of the random generators when the run ended.
     """
 
     side: str
@@ -221,7 +221,7 @@ def settings_of(recipe: Recipe, options: Options, data: Data) -> dict[str, Any]:
     return {**hyperparameters(recipe, options), **names, "data": data.name}
 
 
-def told(
+def report(
     reason: str, val: list[dict[str, Any]], best: int | None, recipe: Any, options: Options
 ) -> dict[str, Any]:
     """Say in words, the same on both sides, what stopped a run and which weights were tested.

@@ -5,7 +5,7 @@ Run it with `make lightning-callbacks`. Its twin is plain/callbacks.py (`make pl
 
 # %% Imports
 from common import figures
-from common.runs import Run, command_line, settings_of, start_folder, told
+from common.runs import Run, command_line, report, settings_of, start_folder
 
 import os
 
@@ -135,7 +135,7 @@ def run(recipe, options):
             logger.experiment.finish()
     val, best = results[2], trainer.checkpoint_callback.best_model_path
     best = torch.load(best, weights_only=True)["epoch"] if best else None
-    decisions = told(model.reason, val, best, recipe, options)
+    decisions = report(model.reason, val, best, recipe, options)
     return Run("lightning", recipe, options, data, start, *results, decisions)
 
 

@@ -7,7 +7,7 @@ Run it with `make plain-callbacks`. Its twin is lightning/callbacks.py (`make li
 from common import checkpoints, figures
 from common.data import eval_loader, train_loader
 from common.options import count_batches
-from common.runs import MetricsFile, Run, command_line, print_epoch, settings_of, start_folder, told
+from common.runs import MetricsFile, Run, command_line, print_epoch, report, settings_of, start_folder
 
 import importlib
 import itertools
@@ -137,7 +137,7 @@ def run(recipe, options):
     seconds = (fitted - began, time.perf_counter() - fitted)
     log.write(len(val), len(losses), "test", test)
     log.close()
-    trained = (net, optimizer, device, seconds, told(reason, val, best, recipe, options))
+    trained = (net, optimizer, device, seconds, report(reason, val, best, recipe, options))
     return Run("plain", recipe, options, data, start, order, losses, val, test, *trained)
 
 

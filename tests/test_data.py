@@ -5,82 +5,165 @@ from common.data import EpochSampler, Images, eval_loader, load_data, train_load
 from common.messages import BadInput
 from common.options import Options
 from common.recipes import RECIPES
+from common.shapes import draw_grey_shapes, draw_shapes
 
+import functools
+import gzip
 import hashlib
 import http.server
 import io
 import pickle
+import re
 import shutil
 import sys
 import tarfile
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import lightning as L
 import pytest
 import torch
-from helpers import count, real_data, some_images
+from helpers import count, real_data
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, Normalize, ToPILImage, ToTensor, v2
 
 RECIPE = RECIPES["cifar"]
-CIFAR10 = data_module.CIFAR10
+CIFAR10, FASHION = data_module.CIFAR10, data_module.FashionMNIST
+# For each data set: a lesson that uses it, the transform of its images as the tutorials write it,
+# the format of its images, and how many there are to train on.
+LESSONS = {"cifar10": "cifar", "fashionmnist": "fashion"}
+TRANSFORMS = {
+    "cifar10": Compose([ToPILImage(), ToTensor(), Normalize((0.5,) * 3, (0.5,) * 3)]),
+    "fashionmnist": Compose([ToPILImage(), ToTensor()]),
+}
+FORMATS = {"cifar10": (3, 32, 32), "fashionmnist": (1, 28, 28)}
+COUNTS = {"cifar10": 45_000, "fashionmnist": 55_000}
+each_data_set = pytest.mark.parametrize("name", LESSONS)
 
 
-def one_by_one(images):
-    """The tutorial's way: each image through PIL, ToTensor and Normalize."""
-    transform = Compose([ToPILImage(), ToTensor(), Normalize((0.5,) * 3, (0.5,) * 3)])
-    return torch.stack([transform(image) for image in images])
+@pytest.fixture(scope="module", autouse=True)
+def shapes_drawn_once():
+    """60,000 shapes take two seconds to draw, and many tests need them."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for draw in ("draw_shapes", "draw_grey_shapes"):
+            once = functools.cache(getattr(data_module.shapes, draw))
+            monkeypatch.setattr(data_module.shapes, draw, once)
+        yield
 
 
-def test_batches_equal_the_tutorials_images_bit_for_bit():
-    _, _, images = some_images()
+def recipe_of(name):
+    return RECIPES[LESSONS[name]]
+
+
+def one_by_one(images, name):
+    """The tutorial's way: each image through PIL, ToTensor and, in colour, Normalize."""
+    return torch.stack([TRANSFORMS[name](image) for image in images])
+
+
+@functools.cache
+def two_thousand(name):
+    """2,000 images in a data set's format: real ones where DATA_DIR has them, else shapes."""
+    if folder := real_data(name):
+        test = load_data(recipe_of(name), Options(data=name, data_dir=folder)).test
+        return replace(test, images=test.images[:2000], labels=test.labels[:2000])
+    draw = {"cifar10": draw_shapes, "fashionmnist": draw_grey_shapes}[name]
+    return Images(*draw(2000, seed=3), data_module.PIXELS[recipe_of(name).pixels])
+
+
+@each_data_set
+def test_batches_equal_the_tutorials_images_bit_for_bit(name):
+    images = two_thousand(name)
     batch, labels = images.__getitems__(list(range(2000)))
-    assert torch.equal(batch, one_by_one(images.images))
+    assert torch.equal(batch, one_by_one(images.images, name))
     assert torch.equal(labels, images.labels)
-    assert batch.dtype == torch.float32 and batch.min() == -1 and batch.max() == 1
+    lowest = {"cifar10": -1, "fashionmnist": 0}[name]
+    assert batch.dtype == torch.float32 and batch.min() == lowest and batch.max() == 1
+    assert batch.shape == (2000, *FORMATS[name])
     count("images, normalised at once and one by one", len(batch))
 
 
-def test_every_value_of_a_byte_is_normalised_right():
-    every = torch.arange(256, dtype=torch.uint8).repeat(12).view(1, 3, 32, 32)
-    batch, _ = Images(every, torch.zeros(1, dtype=torch.int64)).__getitems__([0])
-    assert torch.equal(batch, one_by_one(every))
+@each_data_set
+def test_every_value_of_a_byte_is_normalised_right(name):
+    channels, height, width = FORMATS[name]
+    every = torch.arange(channels * height * width).to(torch.uint8).view(1, channels, height, width)
+    assert len(every.unique()) == 256
+    transform = data_module.PIXELS[recipe_of(name).pixels]
+    batch, _ = Images(every, torch.zeros(1, dtype=torch.int64), transform).__getitems__([0])
+    assert torch.equal(batch, one_by_one(every, name))
     # Why the code divides by 255: torchvision's v2.ToDtype rounds otherwise.
-    other = v2.Compose([v2.ToDtype(torch.float32, scale=True), Normalize((0.5,) * 3, (0.5,) * 3)])
-    assert not torch.equal(other(every), batch)
+    other = v2.ToDtype(torch.float32, scale=True)(every)
+    assert not torch.equal(transform(other) if transform else other, batch)
 
 
-@pytest.mark.skipif(not real_data(), reason="needs the real images: set DATA_DIR")
-def test_the_real_images():
-    data = load_data(RECIPE, Options(data="cifar10", data_dir=real_data()))
-    assert data.name == "cifar10" and data.classes[0] == "airplane" and data.classes[9] == "truck"
-    assert [len(part) for part in (data.train, data.val, data.test)] == [45_000, 5_000, 10_000]
-    for part in (data.train, data.val, data.test):
-        assert part.images.dtype == torch.uint8 and part.images.shape[1:] == (3, 32, 32)
+def test_a_batch_goes_through_both_transforms():
+    colours, labels = draw_shapes(20, seed=0)
+    halved = Images(colours, labels, transform=lambda x: x / 2, target_transform=lambda y: y + 10)
+    batch, targets = halved.__getitems__([3, 17])
+    assert torch.equal(batch, colours[[3, 17]] / 255 / 2)
+    assert torch.equal(targets, labels[[3, 17]] + 10)
+    assert torch.equal(halved.labels, labels)  # those of the split stay class numbers
+
+
+def test_pixels_are_those_of_the_recipes():
+    assert {recipe.pixels for recipe in RECIPES.values()} <= data_module.PIXELS.keys()
+    black_and_white = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    signed = data_module.PIXELS["signed"](black_and_white)
+    assert signed.flatten().tolist() == [-1, -1, -1, 1, 1, 1]
+    imagenet = data_module.PIXELS["imagenet"](black_and_white)
+    # (0 - mean) / std and (1 - mean) / std, with the numbers of torchvision's documentation.
+    black = [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]
+    white = [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]
+    assert imagenet.flatten().tolist() == pytest.approx([*black, *white])
+    assert data_module.PIXELS["unit"] is None
+
+
+@each_data_set
+def test_the_real_images(name):
+    if not (folder := real_data(name)):
+        pytest.skip("needs the real images: set DATA_DIR")
+    data = load_data(recipe_of(name), Options(data=name, data_dir=folder))
+    first_and_last = {
+        "cifar10": ("airplane", "truck"),
+        "fashionmnist": ("T-shirt/top", "Ankle boot"),
+    }
+    assert (data.classes[0], data.classes[9]) == first_and_last[name] and data.name == name
+    parts = (data.train, data.val, data.test)
+    assert [len(part) for part in parts] == [COUNTS[name], 5_000, 10_000]
+    for part in parts:
+        assert part.images.dtype == torch.uint8 and part.images.shape[1:] == FORMATS[name]
     assert torch.equal(data.test.labels.bincount(), torch.full((10,), 1000))
-    official = CIFAR10(str(real_data()), train=False, transform=ToTensor())
+    labels = torch.cat([data.train.labels, data.val.labels])
+    assert torch.equal(labels.bincount(), torch.full((10,), (COUNTS[name] + 5_000) // 10))
+    torchvisions = {"cifar10": CIFAR10, "fashionmnist": FASHION}[name]
+    official = torchvisions(
+        str(folder), train=False, transform=Compose(TRANSFORMS[name].transforms[1:])
+    )
     for index in range(0, 10_000, 97):
         image, label = official[index]
         batch, labels = data.test.__getitems__([index])
-        assert torch.equal(batch[0], Normalize((0.5,) * 3, (0.5,) * 3)(image))
+        assert torch.equal(batch[0], image)
         assert labels.item() == label
+    count("real images, against torchvision's own", len(range(0, 10_000, 97)))
 
 
 def rows(images):
     return {image.numpy().tobytes() for image in images.images}
 
 
-def test_the_split_is_drawn_by_the_seed_and_does_not_overlap():
-    recipes = [replace(RECIPE, seed=seed) for seed in (0, 0, 1)]
+@each_data_set
+def test_the_split_is_drawn_by_the_seed_and_does_not_overlap(name):
+    recipes = [replace(recipe_of(name), seed=seed) for seed in (0, 0, 1)]
     first, again, other = (load_data(recipe, Options(data="shapes")) for recipe in recipes)
     assert first.name == "shapes" and len(first.classes) == 10
-    assert [len(part) for part in (first.train, first.val, first.test)] == [45_000, 5_000, 10_000]
+    lengths = [len(part) for part in (first.train, first.val, first.test)]
+    assert lengths == [COUNTS[name], 5_000, 10_000]
+    assert first.train.images.shape[1:] == FORMATS[name]
     assert torch.equal(first.val.images, again.val.images)
     assert not torch.equal(first.val.images, other.val.images)
     parts = [rows(part) for part in (first.train, first.val, first.test)]
-    assert [len(part) for part in parts] == [45_000, 5_000, 10_000]
+    assert [len(part) for part in parts] == lengths
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
 
 
@@ -98,7 +181,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 
 
 def test_loaders_leave_the_global_generator_alone():
-    _, _, images = some_images()
+    images = two_thousand("cifar10")
     before = torch.get_rng_state()
     for loader in (train_loader(images, RECIPE, Options()), eval_loader(images, RECIPE, Options())):
         for batch, labels in loader:
@@ -111,7 +194,7 @@ def test_loaders_leave_the_global_generator_alone():
 
 
 def test_processes_share_the_global_batches(monkeypatch):
-    _, _, images = some_images()
+    images = two_thousand("cifar10")
     recipe = replace(RECIPE, batch_size=8)
     whole = [labels for _, labels in train_loader(images, recipe, Options())]
     evaluated = torch.cat([labels for _, labels in eval_loader(images, recipe, Options())])
@@ -167,21 +250,27 @@ def test_why_not_a_shuffling_loader_with_its_own_generator():
 
 @pytest.fixture
 def nobody_answers(monkeypatch):
-    """The address of CIFAR-10, with nobody there: what a machine without network meets."""
+    """The addresses of the data sets, with nobody there: a machine without network."""
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    monkeypatch.setattr(FASHION, "mirrors", ["http://127.0.0.1:9/"])
 
 
-def test_without_network_auto_draws_shapes_and_says_so(nobody_answers, tmp_path, capsys):
-    data = load_data(RECIPE, Options(data="auto", data_dir=tmp_path))
-    assert data.name == "shapes"
+TITLES = {"cifar10": "CIFAR-10", "fashionmnist": "FashionMNIST"}
+
+
+@each_data_set
+def test_without_network_auto_draws_shapes_and_says_so(nobody_answers, name, tmp_path, capsys):
+    data = load_data(recipe_of(name), Options(data="auto", data_dir=tmp_path))
+    assert data.name == "shapes" and data.train.images.shape[1:] == FORMATS[name]
     said = capsys.readouterr()
-    assert "THIS IS NOT CIFAR-10" in said.err and "Data: shapes" in said.out
+    assert f"THIS IS NOT {TITLES[name]}." in said.err and "Data: shapes" in said.out
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_network_cifar10_is_refused(nobody_answers, tmp_path):
-    with pytest.raises(BadInput, match="could not be downloaded"):
-        load_data(RECIPE, Options(data="cifar10", data_dir=tmp_path))
+@each_data_set
+def test_without_network_the_real_images_are_refused(nobody_answers, name, tmp_path):
+    with pytest.raises(BadInput, match=f"^{TITLES[name]} is not in .* could not be downloaded"):
+        load_data(recipe_of(name), Options(data=name, data_dir=tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -196,7 +285,7 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch, tmp_path):
 
 
 def test_shapes_never_look_for_anything(monkeypatch, tmp_path):
-    monkeypatch.setattr(data_module, "_real_cifar10", lambda *a: pytest.fail("looked"))
+    monkeypatch.setattr(data_module, "_real", lambda *a: pytest.fail("looked"))
     assert load_data(RECIPE, Options(data="shapes", data_dir=tmp_path / "none")).name == "shapes"
 
 
@@ -205,10 +294,24 @@ def test_a_folder_that_is_named_must_be_there(tmp_path):
         load_data(RECIPE, Options(data_dir=tmp_path / "none"))
 
 
-def test_the_folder_of_the_files_themselves_is_refused(tmp_path):
-    (tmp_path / "data_batch_1").touch()
-    with pytest.raises(BadInput, match="name the folder above it"):
-        load_data(RECIPE, Options(data_dir=tmp_path))
+@each_data_set
+def test_the_folder_of_the_files_themselves_is_refused(name, tmp_path):
+    real = data_module.source(name)
+    folder = tmp_path / real.folder
+    folder.mkdir(parents=True)
+    (folder / next(iter(real.files))).touch()
+    right = re.escape(f"name the folder above it, '{tmp_path}', in which they lie as {real.folder}")
+    with pytest.raises(BadInput, match=right):
+        load_data(recipe_of(name), Options(data_dir=folder))
+
+
+@each_data_set
+def test_the_real_images_are_here_where_their_folder_is(name, tmp_path):
+    assert not data_module.is_here(tmp_path, name)
+    (tmp_path / data_module.source(name).folder).mkdir(parents=True)
+    assert data_module.is_here(tmp_path, name)
+    (other,) = LESSONS.keys() - {name}
+    assert not data_module.is_here(tmp_path, other)
 
 
 def test_a_share_below_one_batch_is_refused():
@@ -216,108 +319,184 @@ def test_a_share_below_one_batch_is_refused():
         load_data(RECIPE, Options(data="shapes", limit_val_batches=0.01))
 
 
-@pytest.fixture
-def small_cifar(tmp_path, monkeypatch):
-    """A CIFAR-10 of 60 images in the real one's format, with md5 sums to match, and its archive."""
-    made = tmp_path / "made" / CIFAR10.base_folder
-    made.mkdir(parents=True)
-    sums = {}
+def md5(content):
+    return hashlib.md5(content).hexdigest()
+
+
+def random_bytes(*shape):
+    return torch.randint(0, 256, shape, dtype=torch.uint8).numpy()
+
+
+@functools.cache
+def small_cifar10():
+    """6,000 and 1,200 random images in CIFAR-10's format: (content by file name, by archive)."""
+    files = {}
     for name, _ in [*CIFAR10.train_list, *CIFAR10.test_list]:
-        pixels = torch.randint(0, 256, (1200, 3072), dtype=torch.uint8).numpy()
-        content = {"data": pixels, "labels": [n % 10 for n in range(1200)]}
-        (made / name).write_bytes(pickle.dumps(content))
-    meta = {"label_names": [f"class {n}" for n in range(10)]}
-    (made / "batches.meta").write_bytes(pickle.dumps(meta))
-    for path in made.iterdir():
-        sums[path.name] = hashlib.md5(path.read_bytes()).hexdigest()
-    lists = [
-        [[name, sums[name]] for name, _ in old] for old in (CIFAR10.train_list, CIFAR10.test_list)
-    ]
-    monkeypatch.setattr(CIFAR10, "train_list", lists[0])
-    monkeypatch.setattr(CIFAR10, "test_list", lists[1])
-    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+        batch = {"data": random_bytes(1200, 3072), "labels": [n % 10 for n in range(1200)]}
+        files[name] = pickle.dumps(batch)
+    files["batches.meta"] = pickle.dumps({"label_names": [f"class {n}" for n in range(10)]})
     archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-        tar.add(made, CIFAR10.base_folder)
-    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.getvalue()).hexdigest())
-    return made, archive.getvalue()
+    with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=1) as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"{CIFAR10.base_folder}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return files, {CIFAR10.filename: archive.getvalue()}
 
 
-@pytest.mark.parametrize("damage", ["cut short", "altered", "missing"])
-@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
-def test_a_damaged_file_is_named(small_cifar, damage, name, tmp_path):
-    folder = tmp_path / "data"
-    shutil.copytree(small_cifar[0], folder / CIFAR10.base_folder)
-    assert load_data(RECIPE, Options(data_dir=folder)).name == "cifar10"
-    path = folder / CIFAR10.base_folder / name
+@functools.cache
+def small_fashionmnist():
+    """The same in FashionMNIST's format: each file is packed by itself."""
+    files = {}
+    for part, length in (("train", 6000), ("t10k", 1200)):
+        # What kind of numbers (8: bytes), how many dimensions, their lengths, and the bytes.
+        lengths = [size.to_bytes(4, "big") for size in (length, 28, 28)]
+        pixels = random_bytes(length, 28, 28).tobytes()
+        files[f"{part}-images-idx3-ubyte"] = b"".join([bytes([0, 0, 8, 3]), *lengths, pixels])
+        labels = bytes(n % 10 for n in range(length))
+        files[f"{part}-labels-idx1-ubyte"] = b"".join([bytes([0, 0, 8, 1]), lengths[0], labels])
+    packed = {f"{name}.gz": gzip.compress(files[name], 1) for name in files}
+    return files, packed
+
+
+@pytest.fixture
+def made(name, tmp_path, monkeypatch):
+    """A small data set in the real one's format: (the folder above it, archives by name).
+
+    All md5 sums are replaced by those of its files.
+    """
+    files, archives = {"cifar10": small_cifar10, "fashionmnist": small_fashionmnist}[name]()
+    folder = tmp_path / "made" / data_module.source(name).folder
+    folder.mkdir(parents=True)
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    sums = {file: md5(content) for file, content in (files | archives).items()}
+    if name == "cifar10":
+        for which in ("train_list", "test_list"):
+            pairs = [[file, sums[file]] for file, _ in getattr(CIFAR10, which)]
+            monkeypatch.setattr(CIFAR10, which, pairs)
+        monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+        monkeypatch.setattr(CIFAR10, "tgz_md5", sums[CIFAR10.filename])
+    else:
+        ours = {file: sums[file] for file in data_module.FASHION_FILES}
+        monkeypatch.setattr(data_module, "FASHION_FILES", ours)
+        pairs = [(file, sums[file]) for file, _ in FASHION.resources]
+        monkeypatch.setattr(FASHION, "resources", pairs)
+    return tmp_path / "made", archives
+
+
+DAMAGES = [
+    (name, file, damage)
+    for name, files in (
+        ("cifar10", ["data_batch_3", "test_batch", "batches.meta"]),
+        ("fashionmnist", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]),
+    )
+    for file in files
+    for damage in ("cut short", "altered", "missing")
+]
+
+
+@pytest.mark.parametrize("name, file, damage", DAMAGES)
+def test_a_damaged_file_is_named(made, name, file, damage, tmp_path):
+    folder = made[0]
+    assert load_data(recipe_of(name), Options(data_dir=folder)).name == name
+    path = folder / data_module.source(name).folder / file
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     if damage == "altered":
         path.write_bytes(content)
     elif damage == "cut short":
-        path.write_bytes(content[:-1])
+        path.write_bytes(path.read_bytes()[:-1])
     else:
         path.unlink()
-    with pytest.raises(BadInput, match=f"{name}.*missing, cut short or altered"):
-        load_data(RECIPE, Options(data_dir=folder))
+    with pytest.raises(BadInput, match=f"{file}.*missing, cut short or altered"):
+        load_data(recipe_of(name), Options(data_dir=folder))
     count("damaged files")
 
 
 @pytest.fixture
-def server(small_cifar, monkeypatch):
-    """A server on this machine that has the archive; `server.cut` makes it break off."""
+def server(made, monkeypatch):
+    """A server on this machine that has the archives; with `server.cut` it breaks off."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        cut = False
+        cut = ""  # the name of the archive of which only the beginning comes
+        asked: ClassVar = set()  # the archives that were asked for
 
         def do_HEAD(self):
             self.send_response(200)
-            self.send_header("Content-Length", str(len(small_cifar[1])))
+            self.send_header("Content-Length", str(len(made[1][self.path[1:]])))
             self.end_headers()
 
         def do_GET(self):
             self.do_HEAD()
-            self.wfile.write(small_cifar[1][: 1000 if Handler.cut else None])
+            Handler.asked.add(self.path[1:])
+            content = made[1][self.path[1:]]
+            end = len(content) // 2 if self.path[1:] == Handler.cut else None
+            self.wfile.write(content[:end])
 
         def log_message(self, *args):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        port = httpd.server_address[1]
-        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{port}/{CIFAR10.filename}")
+        address = f"http://127.0.0.1:{httpd.server_address[1]}/"
+        monkeypatch.setattr(CIFAR10, "url", address + CIFAR10.filename)
+        monkeypatch.setattr(FASHION, "mirrors", [address])
         yield Handler
         httpd.shutdown()
 
 
-def test_a_download_arrives_whole(server, tmp_path, capfd):
-    folder = tmp_path / "data"
+@each_data_set
+def test_a_download_arrives_whole(name, made, server, tmp_path, capfd):
+    folder, real = tmp_path / "data", data_module.source(name)
     folder.mkdir()
-    data = load_data(RECIPE, Options(data="cifar10", data_dir=folder))
-    assert data.name == "cifar10" and data.classes[3] == "class 3"
-    assert [path.name for path in folder.iterdir()] == [CIFAR10.base_folder]
-    assert "100%" in capfd.readouterr().err  # the progress bar
+    data = load_data(recipe_of(name), Options(data=name, data_dir=folder))
+    assert data.name == name and len(data.train) == 1_000 and len(data.test) == 1_200
+    assert data.classes == (tuple(f"class {n}" for n in range(10)) if name == "cifar10"
+                            else tuple(FASHION.classes))  # fmt: skip
+    assert [path.name for path in folder.iterdir()] == [Path(real.folder).parts[0]]
+    for file in real.files:
+        arrived = (folder / real.folder / file).read_bytes()
+        assert arrived == (made[0] / real.folder / file).read_bytes()
+    assert {path.name for path in (folder / real.folder).iterdir()} == set(real.files)
+    assert capfd.readouterr().err.count("100%") >= len(made[1])  # a progress bar for each
 
 
-def test_a_download_that_breaks_off_leaves_nothing(server, tmp_path):
-    server.cut = True
+@each_data_set
+def test_a_download_that_breaks_off_leaves_nothing(name, made, server, tmp_path):
+    server.cut = list(made[1])[-1]  # those before it arrive
     with pytest.raises(BadInput, match="the download broke off"):
-        load_data(RECIPE, Options(data="cifar10", data_dir=tmp_path))
-    assert not [path for path in tmp_path.iterdir() if path.name != "made"]
+        load_data(recipe_of(name), Options(data=name, data_dir=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-def test_an_archive_that_is_there_is_unpacked(small_cifar, nobody_answers, tmp_path):
+@pytest.mark.parametrize("name", ["fashionmnist"])
+def test_only_the_missing_archives_are_downloaded(name, made, server, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / CIFAR10.filename).write_bytes(small_cifar[1])
-    assert load_data(RECIPE, Options(data="cifar10", data_dir=folder)).name == "cifar10"
-    shutil.rmtree(folder / CIFAR10.base_folder)
-    (folder / CIFAR10.filename).write_bytes(small_cifar[1][:-1])
-    with pytest.raises(BadInput, match=f"{CIFAR10.filename}.*cut short or altered"):
-        load_data(RECIPE, Options(data="cifar10", data_dir=folder))
+    here, *missing = made[1]
+    (folder / here).write_bytes(made[1][here])
+    assert load_data(recipe_of(name), Options(data=name, data_dir=folder)).name == name
+    assert server.asked == set(missing)
+    assert {path.name for path in folder.iterdir()} == {here, "FashionMNIST"}
+
+
+@each_data_set
+def test_an_archive_that_is_there_is_unpacked(name, made, nobody_answers, tmp_path):
+    folder, recipe = tmp_path / "data", recipe_of(name)
+    folder.mkdir()
+    for archive, content in made[1].items():
+        (folder / archive).write_bytes(content)
+    options = Options(data=name, data_dir=folder)
+    assert load_data(recipe, options).name == name
+    shutil.rmtree(folder / data_module.source(name).folder)
+    (folder / archive).write_bytes(content[:-1])
+    with pytest.raises(BadInput, match=f"{archive}.*cut short or altered"):
+        load_data(recipe, options)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is a folder that not even root can fill")
-def test_a_folder_that_cannot_be_written_to(nobody_answers):
+@each_data_set
+def test_a_folder_that_cannot_be_written_to(nobody_answers, name):
     with pytest.raises(BadInput, match="nothing can be written there"):
-        load_data(RECIPE, Options(data="cifar10", data_dir=Path("/proc")))
+        load_data(recipe_of(name), Options(data=name, data_dir=Path("/proc")))

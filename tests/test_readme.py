@@ -1,6 +1,7 @@
 """The README is true: its lines, its code, its commands."""
 
 from common import ROOT
+from common.recipes import RECIPES
 from common.sidebyside import cells
 
 import json
@@ -57,20 +58,33 @@ def test_the_exercises_are_tested_changes():
     assert titles == [title for title in cells((ROOT / "plain" / "cifar.py").read_text()) if title]
 
 
+# What the lessons reach with their defaults on the real images: (steps, least and most accuracy).
+DEFAULTS = {
+    "cifar": (2 * 45_000 // 4, 0.5, 0.6),
+    "fashion": (5 * 860, 0.6, 0.7),
+    "callbacks": (None, 0.65, 0.8),  # it stops by itself
+}
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not real_data(), reason="needs the real images: set DATA_DIR")
-def test_the_default_run_on_the_real_images(tmp_path):
-    """The README's run: the same weights and losses on both sides, 50 to 60 % right."""
-    command = [sys.executable, "-m", "common.parity", "cifar", "--runs-dir", str(tmp_path)]
+@pytest.mark.parametrize("lesson", DEFAULTS)
+def test_the_default_run_on_the_real_images(lesson, tmp_path):
+    """The README's runs: the same weights and losses on both sides."""
+    if not real_data(RECIPES[lesson].data):
+        pytest.skip("needs the real images: set DATA_DIR")
+    steps, least, most = DEFAULTS[lesson]
+    command = [sys.executable, "-m", "common.parity", lesson, "--runs-dir", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     plain, lightning = (
-        json.loads((tmp_path / "cifar" / side / "result.json").read_text()) for side in SIDES
+        json.loads((tmp_path / lesson / side / "result.json").read_text()) for side in SIDES
     )
-    assert plain["data"] == lightning["data"] == "cifar10"
+    assert plain["data"] == lightning["data"] == RECIPES[lesson].data
     assert plain["weights_sha256"] == lightning["weights_sha256"]
     assert plain["train_loss"] == lightning["train_loss"]
-    assert len(plain["train_loss"]) == 2 * 45_000 // 4
+    assert len(plain["train_loss"]) == (steps or len(plain["val_loss"]) * 1407)
     assert plain["test_accuracy"] == lightning["test_accuracy"]
-    assert 0.5 < plain["test_accuracy"] < 0.6
+    assert least < plain["test_accuracy"] < most
+    if lesson == "callbacks":
+        assert plain["decisions"]["stopped by"].startswith("early stopping")
     count("default runs on the real images")
