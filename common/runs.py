@@ -215,7 +215,7 @@ def hyperparameters(recipe: Recipe, options: Options) -> dict[str, Any]:
     return settings
 
 
-def settings_of(recipe: Recipe, options: Options, data: Data) -> dict[str, Any]:
+def config_of(recipe: Recipe, options: Options, data: Data) -> dict[str, Any]:
     """Return what a checkpoint needs beside its weights: all settings, and the classes' names."""
     names = {"lesson": recipe.lesson, "seed": recipe.seed, "classes": list(data.classes)}
     return {**hyperparameters(recipe, options), **names, "data": data.name}

@@ -5,7 +5,7 @@ Run it with `make lightning-callbacks`. Its twin is plain/callbacks.py (`make pl
 
 # %% Imports
 from common import figures
-from common.runs import Run, command_line, report, settings_of, start_folder
+from common.runs import Run, command_line, config_of, report, start_folder
 
 import os
 
@@ -126,7 +126,7 @@ def make_trainer(recipe, options, data, folder):
 # %% Run
 def run(recipe, options):
     data, net, start = prepare(recipe, options)
-    model = LitCallbacks(net, recipe, settings_of(recipe, options, data))
+    model = LitCallbacks(net, recipe, config_of(recipe, options, data))
     datamodule = ImageDataModule(data, recipe, options)
     trainer = make_trainer(recipe, options, data, start_folder(options, recipe.lesson, "lightning"))
     results = fit_and_test(trainer, model, datamodule, best=True)

@@ -7,7 +7,7 @@ Run it with `make lightning-finetune`. Its twin is plain/finetune.py (`make plai
 from common import checkpoints
 from common.data import load_data
 from common.pretrained import load_pretrained
-from common.runs import Run, command_line, fingerprints, settings_of, start_folder
+from common.runs import Run, command_line, config_of, fingerprints, start_folder
 
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def run(recipe, options):
     L.seed_everything(recipe.seed, verbose=False)
     net, decisions = make_network(recipe)
     start = fingerprints(net.state_dict())
-    model = LitFinetune(net, recipe, settings_of(recipe, options, data))
+    model = LitFinetune(net, recipe, config_of(recipe, options, data))
     folder = start_folder(options, recipe.lesson, "lightning")
     trainer = make_trainer(recipe, options, folder)
     trainer.callbacks.append(Unfreeze(recipe.unfreeze_at_epoch, recipe.lr / 10))

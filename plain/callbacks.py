@@ -7,7 +7,7 @@ Run it with `make plain-callbacks`. Its twin is lightning/callbacks.py (`make li
 from common import checkpoints, figures
 from common.data import eval_loader, train_loader
 from common.options import count_batches
-from common.runs import MetricsFile, Run, command_line, print_epoch, report, settings_of, start_folder
+from common.runs import MetricsFile, Run, command_line, config_of, print_epoch, report, start_folder
 
 import importlib
 import itertools
@@ -126,7 +126,7 @@ def fit(net, model, optimizer, data, recipe, options, device, log):
 def run(recipe, options):
     data, device, net, start, optimizer, model = prepare(recipe, options)
     folder = start_folder(options, recipe.lesson, "plain")
-    log = Logger(folder, recipe.logger, settings_of(recipe, options, data))
+    log = Logger(folder, recipe.logger, config_of(recipe, options, data))
     began = time.perf_counter()
     losses, val, order, reason = fit(net, model, optimizer, data, recipe, options, device, log)
     fitted = time.perf_counter()

@@ -12,9 +12,9 @@ from common.runs import (
     MetricsFile,
     Run,
     command_line,
+    config_of,
     fingerprints,
     print_epoch,
-    settings_of,
     start_folder,
 )
 
@@ -126,7 +126,7 @@ def run(recipe, options):
     began = time.perf_counter()
     losses, val, order = fit(net, model, optimizer, data, recipe, options, device, log)
     fitted = time.perf_counter()
-    settings = settings_of(recipe, options, data)
+    settings = config_of(recipe, options, data)
     save(folder / "checkpoints" / "last.ckpt", net, optimizer, len(val), len(losses), settings)
     test_loader = eval_loader(data.test, recipe, options)
     test = evaluate(model, test_loader, options.limit_test_batches, device)
