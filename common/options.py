@@ -79,7 +79,7 @@ def default_threads(batch_size: int) -> int:
     Small batches gain nothing from a second thread, and on a busy machine the threads wait for
     each other: 2.5 ms a step became 77 ms with one other program running.
     """
-    return 1 if batch_size < 64 else min(os.cpu_count() or 1, 8)
+    return 1 if batch_size < 128 else min(os.cpu_count() or 1, 8)
 
 
 def count_batches(total: int, limit: int | float) -> int:
@@ -226,7 +226,7 @@ def _parser(recipe: Recipe) -> Parser:
         type=_threads,
         default="auto",
         metavar="N",
-        help="CPU threads for one operation; auto: 1 below batch size 64, else up to 8",
+        help="CPU threads for one operation; auto: 1 below batch size 128, else up to 8",
     )
     add(
         "--num-workers",

@@ -58,8 +58,8 @@ def test_limits_follow_the_trainers_rule():
 
 
 def test_threads_follow_the_batch():
-    assert default_threads(4) == default_threads(63) == 1
-    assert 1 <= default_threads(64) <= 8
+    assert default_threads(4) == default_threads(127) == 1
+    assert 1 <= default_threads(128) <= 8
 
 
 @pytest.mark.parametrize("side", SIDES)
