@@ -228,7 +228,10 @@ def fill(model: nn.Module, content: Mapping[str, Any], path: Path) -> None:
     else:
         found = weights(content, path)
     if differences := _differences(wanted, found):
-        _refuse(path, f"does not fit {type(model).__name__}: {_say(differences)}")
+        fault = f"does not fit {type(model).__name__}: {_say(differences)}"
+        with contextlib.suppress(BadInput):
+            fault += f", since it is of {_name(identify(found))}"
+        _refuse(path, fault)
     model.load_state_dict(found)
 
 

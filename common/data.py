@@ -413,3 +413,10 @@ def _check_limits(data: Data, recipe: Recipe, options: Options) -> None:
                 f"--limit-{stage}-batches {limit} is less than one batch of the {batches} there "
                 f"are; use a number of batches, or a larger share."
             )
+    last = len(data.train) % recipe.batch_size or recipe.batch_size
+    backbone = getattr(recipe, "backbone", "vgg16")  # the only one without BatchNorm
+    if 1 in (recipe.batch_size, last) and backbone != "vgg16":
+        raise BadInput(
+            f"--batch-size {recipe.batch_size} makes a batch of one image, over which the "
+            f"BatchNorm of {backbone} can take no average; choose another size, or vgg16."
+        )

@@ -5,7 +5,7 @@ compares the two results and prints a table. Without a lesson it does so for all
 with one table. Exit status 0: all agree; 1: they differ; 2: they cannot be compared.
 """
 
-from common import ROOT, SIDES
+from common import ROOT, SIDES, pretrained
 from common.data import is_here
 from common.messages import BadInput, clear_messages
 from common.options import Options, parse_options
@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -212,6 +213,12 @@ def main(argv: list[str]) -> int:
     settings = [parse_options(lesson, argv) for lesson in lessons]
     pairs = []
     for recipe, options in settings:
+        start = Path(getattr(recipe, "start_from", "")).resolve()
+        if (options.runs_dir / recipe.lesson).resolve() in start.parents:
+            raise BadInput(
+                f"--start-from '{start}' is in the folder of a run that will be moved "
+                "away for the new one; copy the file elsewhere and name the copy."
+            )
         for side in SIDES:
             if status := _run_if_needed(side, recipe, options, argv):
                 return status
@@ -259,6 +266,10 @@ def _is_of(result: Result, side: str, recipe: Recipe, options: Options) -> bool:
         and is_here(options.data_dir, recipe.data)
     ):
         return False  # the shapes stood in, but the real images have come since
+    used = result.get("decisions", {}).get("weights at the start")
+    own: Any = recipe
+    if used == "random" and own.weights == "auto" and pretrained.is_here(own.backbone):
+        return False  # random weights stood in, but the pretrained ones have come since
     wanted = {
         "seed": recipe.seed,
         "hyperparameters": hyperparameters(recipe, options),

@@ -23,8 +23,7 @@ def load_pretrained(net: Transfer, backbone: str, choice: str) -> str:
     """
     if choice == "random":
         return "random"
-    url = get_model_weights(backbone).IMAGENET1K_V1.url
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+    url, path = _place(backbone)
     digest = path.stem.rsplit("-", 1)[-1]  # the name ends with the first digits of its sha256
     try:
         _download(url, path, digest)
@@ -50,11 +49,22 @@ def load_pretrained(net: Transfer, backbone: str, choice: str) -> str:
     return "imagenet"
 
 
+def is_here(backbone: str) -> bool:
+    """Tell whether a network's pretrained weights have been downloaded, whole or damaged."""
+    return _place(backbone)[1].exists()
+
+
+def _place(backbone: str) -> tuple[str, Path]:
+    """Return the address of the pretrained weights, and the file that they are downloaded to."""
+    url = get_model_weights(backbone).IMAGENET1K_V1.url
+    return url, Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+
+
 def _download(url: str, path: Path, digest: str) -> None:
     if not path.exists():
         probe(url)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with giving_up():  # into a temporary file, renamed when its sum is right
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), digest)
 
 

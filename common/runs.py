@@ -212,13 +212,18 @@ def hyperparameters(recipe: Recipe, options: Options) -> dict[str, Any]:
     settings = {**asdict(recipe), **asdict(options), "model": recipe.model.__name__}
     for name in ("lesson", "data_dir", "runs_dir", "threads", "seed", "defaults"):
         del settings[name]
+    start = Path(settings.get("start_from") or "none")
+    if start.is_file():  # another content under the same name makes another run
+        settings["start_from"] = f"{start}, sha256 {_sha256(start.read_bytes())}"
     return settings
 
 
 def config_of(recipe: Recipe, options: Options, data: Data) -> dict[str, Any]:
     """Return what a checkpoint needs beside its weights: all settings, and the classes' names."""
     names = {"lesson": recipe.lesson, "seed": recipe.seed, "classes": list(data.classes)}
-    return {**hyperparameters(recipe, options), **names, "data": data.name}
+    settings = {**hyperparameters(recipe, options), **names, "data": data.name}
+    del settings["model"]  # a LightningModule has an argument of that name: the network itself
+    return settings
 
 
 def report(

@@ -73,7 +73,7 @@ class LitCallbacks(LitClassifier):
     def __init__(self, model, recipe, settings):
         super().__init__(model, recipe, log_every_n_steps=0)
         #: Into every checkpoint and to every logger.
-        self.save_hyperparameters(settings)
+        self.save_hyperparameters(settings, ignore=["model", "recipe"])
         self.train_accuracy = Accuracy(task="multiclass", num_classes=10, average="micro")
 
     def training_step(self, batch, batch_idx):

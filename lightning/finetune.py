@@ -26,7 +26,7 @@ def make_network(recipe):
     else:
         weights = load_pretrained(net, recipe.backbone, recipe.weights)
     print(
-        f"{recipe.backbone}, {weights} weights: {sum(p.numel() for p in net.parameters()):,} "
+        f"{recipe.backbone} with weights {weights}: {sum(p.numel() for p in net.parameters()):,} "
         f"parameters, {sum(p.numel() for p in net.head.parameters()):,} of them in the new layer."
     )
     return net, {"backbone": recipe.backbone, "weights at the start": weights}
@@ -43,7 +43,7 @@ def load(net, path):
     #: Into the network itself, which has the same names on both sides: checkpoints.load takes the
     #: "model." off, and refuses the file unless every key finds its place.
     checkpoints.load(net, path)
-    return f"those of {path}"
+    return f"of {path}"
 
 
 # %% Freeze and unfreeze
@@ -56,7 +56,7 @@ class Unfreeze(BaseFinetuning):
         self.freeze(module.model.backbone, train_bn=False)
 
     def finetune_function(self, module, epoch, optimizer):
-        if epoch == 0:
+        if epoch < self.epoch:
             #: freeze leaves the modules in train mode: dropout would drop, and BatchNorm would
             #: take the batch's own averages. The Trainer keeps the modes that it finds.
             module.model.backbone.eval()
@@ -69,7 +69,7 @@ class Unfreeze(BaseFinetuning):
 class LitFinetune(LitMLP):
     def __init__(self, model, recipe, settings=None):
         super().__init__(model, recipe)
-        self.save_hyperparameters(settings)
+        self.save_hyperparameters(settings, ignore=["model", "recipe"])
 
     def configure_optimizers(self):
         #: The optimizer gets the head alone. Frozen weights would cost it memory.

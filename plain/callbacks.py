@@ -135,7 +135,7 @@ def run(recipe, options):
     test_loader = eval_loader(data.test, recipe, options)
     test = evaluate(model, test_loader, options.limit_test_batches, device, F.nll_loss)
     seconds = (fitted - began, time.perf_counter() - fitted)
-    log.write(len(val), len(losses), "test", test)
+    log.write(len(order), len(losses), "test", test)
     log.close()
     trained = (net, optimizer, device, seconds, report(reason, val, best, recipe, options))
     return Run("plain", recipe, options, data, start, order, losses, val, test, *trained)

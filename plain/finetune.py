@@ -36,7 +36,7 @@ def make_network(recipe):
     else:
         weights = load_pretrained(net, recipe.backbone, recipe.weights)
     print(
-        f"{recipe.backbone}, {weights} weights: {sum(p.numel() for p in net.parameters()):,} "
+        f"{recipe.backbone} with weights {weights}: {sum(p.numel() for p in net.parameters()):,} "
         f"parameters, {sum(p.numel() for p in net.head.parameters()):,} of them in the new layer."
     )
     return net, {"backbone": recipe.backbone, "weights at the start": weights}
@@ -55,7 +55,7 @@ def load(net, path):
     #: In Lightning's checkpoint every name begins with that of the module's attribute, "model.".
     #: checkpoints.load takes it off, and refuses the file unless every key finds its place.
     checkpoints.load(net, path)
-    return f"those of {path}"
+    return f"of {path}"
 
 
 # %% Freeze and unfreeze
@@ -127,11 +127,11 @@ def run(recipe, options):
     losses, val, order = fit(net, model, optimizer, data, recipe, options, device, log)
     fitted = time.perf_counter()
     settings = config_of(recipe, options, data)
-    save(folder / "checkpoints" / "last.ckpt", net, optimizer, len(val), len(losses), settings)
+    save(folder / "checkpoints" / "last.ckpt", net, optimizer, len(order), len(losses), settings)
     test_loader = eval_loader(data.test, recipe, options)
     test = evaluate(model, test_loader, options.limit_test_batches, device)
     seconds = (fitted - began, time.perf_counter() - fitted)
-    log.write(len(val), len(losses), "test", test)
+    log.write(len(order), len(losses), "test", test)
     trained = (net, optimizer, device, seconds, decisions)
     return Run("plain", recipe, options, data, start, order, losses, val, test, *trained)
 

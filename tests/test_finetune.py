@@ -1,10 +1,10 @@
 """What the lesson finetune and its page claim: frozen, unfrozen, pretrained, saved and loaded."""
 
-from common import ROOT, checkpoints, pretrained
+from common import ROOT, checkpoints, parity, pretrained, runs
 from common import data as data_module
 from common.messages import BadInput
 from common.models import Net, Transfer
-from common.options import parse_options
+from common.options import Options, parse_options
 from common.parity import compare
 from common.predict import main as predict
 from common.pretrained import load_pretrained
@@ -21,7 +21,7 @@ import re
 import sys
 import threading
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -603,9 +603,10 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"optimizer": "adam"}, {"max_steps": 15}, {"unfreeze_at_epoch": 2}],
+    [{}, {"optimizer": "adam"}, {"max_steps": 15}, {"max_steps": 20}, {"max_steps": 7},
+     {"unfreeze_at_epoch": 2}],
     ids=str,
-)
+)  # fmt: skip
 def test_every_key_of_both_checkpoints(settings, tmp_path, monkeypatch):
     both(tmp_path, monkeypatch, **settings)
     plain, lightning = (
@@ -642,7 +643,7 @@ def test_each_side_loads_what_either_wrote(file, written_by, side, trained, tmp_
     weights, files = trained[written_by]
     net = Noisy()
     lesson = load_lesson(side, "finetune")
-    assert lesson.load(net, files[file]) == f"those of {files[file]}"
+    assert lesson.load(net, files[file]) == f"of {files[file]}"
     assert equal(net.state_dict(), weights)
     count("files loaded across the sides")
 
@@ -654,7 +655,7 @@ def test_both_sides_start_from_what_either_wrote(file, written_by, trained, tmp_
     path = str(files[file])
     for run in both(tmp_path, monkeypatch, start_from=path, limit_train_batches=3):
         assert run.start == fingerprints(weights)
-        assert run.decisions["weights at the start"] == f"those of {path}"
+        assert run.decisions["weights at the start"] == f"of {path}"
         assert run.result()["hyperparameters"]["start_from"] == path
     count("starts from the other side's file" if file == "last.ckpt" else "starts from weights.pt")
 
@@ -703,7 +704,6 @@ def test_the_plain_checkpoint_in_the_module(trained):
     assert equal(module.model.state_dict(), weights)
 
 
-@pytest.mark.filterwarnings("ignore:Attribute 'model' is an instance of")
 def test_load_from_checkpoint(trained):
     weights, files = trained["lightning"]
     lesson, net = load_lesson("lightning", "finetune"), Noisy()
@@ -1003,3 +1003,52 @@ def test_links_and_tests_that_the_page_names_are_there():
         assert Path(ROOT / "docs" / path).exists(), path
     for name in re.findall(r"`(test_\w+)`", PAGE):
         assert name in globals(), name
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_batch_of_one_image_is_refused(side, tmp_path, monkeypatch, capsys):
+    """BatchNorm would raise an error in the middle of the training."""
+    for size in ("1", "17"):  # 45,000 = 17 * 2,647 + 1
+        monkeypatch.setattr(
+            sys, "argv",
+            ["finetune.py", "--data", "shapes", "--backbone", "resnet18", "--batch-size", size,
+             "--runs-dir", str(tmp_path)],
+        )  # fmt: skip
+        with pytest.raises(SystemExit) as exit_:
+            load_lesson(side, "finetune").main()
+        said = capsys.readouterr().err
+        assert exit_.value.code == 2 and said.count("\n") == 1
+        assert f"--batch-size {size} makes a batch of one image" in said
+        count("bad inputs")
+
+
+def test_parity_does_not_start_from_what_it_moves_away(tmp_path):
+    start = str(tmp_path / "finetune" / "plain" / "checkpoints" / "last.ckpt")
+    with pytest.raises(BadInput, match="copy the file elsewhere and name the copy"):
+        parity.main(["finetune", "--start-from", start, "--runs-dir", str(tmp_path)])
+
+
+def test_another_start_file_of_the_same_name_makes_another_run(tmp_path):
+    start = tmp_path / "start.ckpt"
+    recipe = replace(RECIPE, start_from=str(start))
+    found = []
+    for content in (b"one", b"two"):
+        start.write_bytes(content)
+        found.append(runs.hyperparameters(recipe, Options())["start_from"])
+    assert found[0] != found[1] and all(str(start) in text for text in found)
+
+
+def test_random_weights_that_stood_in_are_not_reused(monkeypatch):
+    recipe = replace(RECIPE, weights="auto")
+    result = {
+        "data": "cifar10",
+        "decisions": {"weights at the start": "random"},
+        "seed": recipe.seed,
+        "hyperparameters": runs.hyperparameters(recipe, Options()),
+        "versions": runs.versions(),
+        "threads": 1,
+        "code_sha256": runs.code_sha256("plain"),
+    }
+    for here in (False, True):
+        monkeypatch.setattr(parity.pretrained, "is_here", lambda backbone, here=here: here)
+        assert parity._is_of(result, "plain", recipe, Options()) is not here

@@ -93,15 +93,18 @@ def test_limits_and_workers(lesson, tmp_path, monkeypatch, settings, steps, vali
     assert len(plain.val) == len(lightning.val) == validations
 
 
+@pytest.mark.parametrize("max_steps", [-1, 20, 7])
 @pytest.mark.parametrize("lesson", lessons())
-def test_metrics_csv_is_the_same_file(lesson, tmp_path, monkeypatch):
-    both(tmp_path, monkeypatch, lesson=lesson)
+def test_metrics_csv_is_the_same_file(lesson, max_steps, tmp_path, monkeypatch):
+    both(tmp_path, monkeypatch, lesson=lesson, max_steps=max_steps)
     tables = []
     for side in SIDES:
         with (tmp_path / lesson / side / "metrics.csv").open(newline="") as file:
             tables.append(list(csv.DictReader(file)))
     # Training losses, validations, test; `callbacks` also logs the mean of each epoch.
-    assert len(tables[0]) == len(tables[1]) == 6 + 2 + 1 + 2 * (lesson == "callbacks")
+    losses, epochs, begun = {-1: (6, 2, 2), 20: (4, 1, 2), 7: (1, 0, 1)}[max_steps]
+    rows = losses + epochs + 1 + begun * (lesson == "callbacks")
+    assert len(tables[0]) == len(tables[1]) == rows
     for ours, theirs in zip(*tables, strict=True):
         assert list(ours) == list(theirs)
         for name in ours:
