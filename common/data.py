@@ -6,7 +6,7 @@ training step itself.
 """
 
 from common import shapes
-from common.messages import BadInput
+from common.messages import BadInput, notice
 from common.options import Options, count_batches, is_writable
 from common.recipes import Recipe
 
@@ -14,7 +14,6 @@ import contextlib
 import math
 import os
 import socket
-import sys
 import tempfile
 import threading
 import urllib.request
@@ -385,18 +384,13 @@ def probe(url: str) -> None:
 
 
 def _print_notice(real: Source, folder: Path, reason: Exception) -> None:
-    line = "!" * 88
-    print(
-        f"{line}\n"
-        f"  THIS IS NOT {real.title}. It was not found, and could not be downloaded, so the\n"
-        "  built-in drawn shapes are used instead. The numbers below say nothing about\n"
-        f"  {real.title}.\n"
-        f"  Looked in: {folder}   Download: {reason}\n"
-        f"  To train on the real images, put {real.folder} into a folder\n"
-        "  and name that folder by --data-dir or DATA_DIR.\n"
-        f"{line}",
-        file=sys.stderr,
-        flush=True,
+    notice(
+        f"THIS IS NOT {real.title}. It was not found, and could not be downloaded, so the",
+        "built-in drawn shapes are used instead. The numbers below say nothing about",
+        f"{real.title}.",
+        f"Looked in: {folder}   Download: {reason}",
+        f"To train on the real images, put {real.folder} into a folder",
+        "and name that folder by --data-dir or DATA_DIR.",
     )
 
 

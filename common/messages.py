@@ -17,6 +17,12 @@ class BadInput(Exception):
     """Something that the user can mend; the text says in one sentence what, and what to do."""
 
 
+def notice(*lines: str) -> None:
+    """Print what must not be missed, between two bars, on stderr."""
+    bar = "!" * 88
+    print(bar, *(f"  {line}" for line in lines), bar, sep="\n", file=sys.stderr, flush=True)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose refusals are one sentence, without the usage before it."""
 

@@ -1,11 +1,10 @@
 """The weights of torchvision's pretrained networks: found, downloaded, or done without."""
 
 from common.data import Unreachable, giving_up, probe
-from common.messages import BadInput
+from common.messages import BadInput, notice
 from common.models import Transfer
 
 import hashlib
-import sys
 from pathlib import Path
 
 import torch
@@ -69,15 +68,10 @@ def _download(url: str, path: Path, digest: str) -> None:
 
 
 def _print_notice(backbone: str, path: Path, reason: Exception) -> None:
-    line = "!" * 88
-    print(
-        f"{line}\n"
-        f"  THIS {backbone.upper()} IS NOT PRETRAINED. Its weights were not found, and could\n"
-        "  not be downloaded, so it begins with random ones. The numbers below say nothing\n"
-        "  about fine-tuning.\n"
-        f"  Looked for: {path}\n"
-        f"  Download: {reason}\n"
-        f"{line}",
-        file=sys.stderr,
-        flush=True,
+    notice(
+        f"THIS {backbone.upper()} IS NOT PRETRAINED. Its weights were not found, and could",
+        "not be downloaded, so it begins with random ones. The numbers below say nothing",
+        "about fine-tuning.",
+        f"Looked for: {path}",
+        f"Download: {reason}",
     )
