@@ -43,9 +43,9 @@ parity: .venv/ready ## prove it for every lesson, and print one table; only opti
 diff-%: .venv/ready FORCE ## show both sides of NAME side by side; ARGS="--no-comments" leaves out the lesson
 	@$(BIN)/python -m common.sidebyside $* $(ARGS)
 
-predict: .venv/ready ## classify a picture: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=cat.png
+predict: .venv/ready ## classify a picture: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=photo.jpg
 	@test -n "$(CHECKPOINT)" && test -n "$(IMAGE)" || { \
-		echo "error: predict needs both names: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=cat.png" >&2; exit 2; }
+		echo "error: predict needs both names: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=photo.jpg" >&2; exit 2; }
 	@$(BIN)/python -m common.predict "$(CHECKPOINT)" "$(IMAGE)"
 
 test: .venv/ready ## run the tests (without network; with the real images where DATA_DIR names them)

@@ -65,11 +65,16 @@ def _curves(result: dict[str, Any]) -> Figure:
     left.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, None))
     if np.isfinite(means).any():
         left.set_ylim(0, 1.1 * means[np.isfinite(means)].max())
-    epochs = range(1, len(result["val_loss"]) + 1)
+    epochs = range(len(result["val_loss"]))  # from 0 on, as everywhere else
     right.plot(epochs, result["val_accuracy"], "o-", label="validation accuracy")
     right.plot(epochs, result["val_f1"], "s--", label="validation macro F1")
     right.axhline(result["test_accuracy"], color="gray", linestyle=":", label="test accuracy")
-    right.set(xlabel="epoch", ylabel="score, from 0 to 1", ylim=(0, 1), xticks=list(epochs)[:20])
+    right.set(
+        xlabel="epoch",
+        ylabel="score, from 0 to 1",
+        ylim=(0, 1),
+        xticks=epochs[:: 1 + len(epochs) // 20],
+    )
     for axis in (left, right):
         for line in axis.legend().get_lines():
             line.set_linewidth(1.5)  # that of the single steps is too thin to be seen

@@ -34,12 +34,19 @@ class Parser(argparse.ArgumentParser):
 def clear_messages() -> Iterator[None]:
     """Say in one sentence what the user can mend, and leave with 2, or with 130 after Ctrl-C.
 
-    Also keeps Lightning's advertisements and notes off the screen, and four warnings: two about
+    Also keeps Lightning's advertisements and notes off the screen, and five warnings: two about
     how many processes should load data, which would cost more than our batches take; one about
-    Lightning's own code; one that there are fewer steps than `--log-every-n-steps`.
+    Lightning's own code; one that there are fewer steps than `--log-every-n-steps`; one that a
+    run's folder, in which W&B has just begun to write, is not empty.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for text in ("does not have many workers", "suggested max", "LeafSpec", "log_every_n_steps"):
+    for text in (
+        "does not have many workers",
+        "suggested max",
+        "LeafSpec",
+        "log_every_n_steps",
+        "Experiment logs directory",
+    ):
         warnings.filterwarnings("ignore", f".*{text}")
     try:
         yield
@@ -50,8 +57,9 @@ def clear_messages() -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith("wandb."):
             raise
-        # Asked to go online, without an account or a network. It says what to do in many lines.
-        _exit(f"error: Weights & Biases refused: {str(error).splitlines()[0]}", status=2)
+        # Asked to go online, without a network. It says what to do in many lines.
+        said = str(error).splitlines()[0].rstrip(".")
+        _exit(f"error: Weights & Biases refused: {said}; unset WANDB_MODE to stay offline.", 2)
     except (KeyboardInterrupt, SystemExit) as error:
         # The Trainer catches Ctrl-C itself and leaves with SystemExit(1).
         if not _after_ctrl_c(error):

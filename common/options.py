@@ -289,6 +289,13 @@ def _check_logger(logger: str) -> None:
             f"the environment's WANDB_MODE is '{mode}', but it must be one of "
             f"{', '.join(modes)}; unset it to stay offline."
         )
+    # Before the training, and before the results of an earlier run are moved away.
+    online = logger == "wandb" and mode == "online"
+    if online and not importlib.import_module("wandb").login(prompt=False):
+        raise BadInput(
+            "WANDB_MODE is 'online', but there is no account to log in to; type "
+            ".venv/bin/wandb login, or unset WANDB_MODE to stay offline."
+        )
 
 
 def _check_runs_dir(folder: Path) -> None:

@@ -204,6 +204,14 @@ def _list(value: Any) -> list[float]:
 
 def main(argv: list[str]) -> int:
     """Compare the two sides of one lesson, or of all; return the exit status."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(
+            "usage: python -m common.parity [LESSON] [options]\n"
+            f"Compare both sides of a lesson ({', '.join(RECIPES)}), or of all,\n"
+            "with the lesson's options, which LESSON --help lists; for all lessons, with those\n"
+            "that all have."
+        )
+        return 0
     lessons = list(RECIPES)
     if argv and not argv[0].startswith("-"):
         lessons, argv = argv[:1], argv[1:]
@@ -238,9 +246,9 @@ def _run_if_needed(side: str, recipe: Recipe, options: Options, argv: list[str])
         f"The {side} side of {recipe.lesson} has not been run with these settings: running it.",
         flush=True,
     )
-    return _wait_for(
-        subprocess.Popen([sys.executable, str(ROOT / side / f"{recipe.lesson}.py"), *argv])
-    )
+    command = [sys.executable, str(ROOT / side / f"{recipe.lesson}.py"), *argv]
+    status = _wait_for(subprocess.Popen(command))
+    return status if status in (0, 130) else 2  # a side that broke off is no difference
 
 
 def _wait_for(process: subprocess.Popen) -> int:

@@ -27,7 +27,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # What the images of each data set are: PIL's mode, and pixels from side to side.
 FORMS = {"cifar10": ("RGB", 32), "fashionmnist": ("L", 28)}
 SHOWN = 5  # classes in the table
-EXAMPLE = "make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=cat.png"
+EXAMPLE = "make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=photo.jpg"
 
 
 def picture(path: Path, recipe: Recipe) -> Tensor:

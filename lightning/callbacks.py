@@ -34,7 +34,7 @@ class ImagePredictionLogger(L.Callback):
     def __init__(self, data, folder):
         self.data, self.folder = data, folder
 
-    #: In the middle of the hooks' order: still in eval mode, and without gradients.
+    #: The last hook before the Trainer goes back to train mode, and without gradients.
     def on_validation_end(self, trainer, module):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return

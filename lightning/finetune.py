@@ -66,13 +66,14 @@ class Unfreeze(BaseFinetuning):
 
 
 # %% Fit
+#: The module of fashion serves any network. load_from_checkpoint makes one without settings.
 class LitFinetune(LitMLP):
     def __init__(self, model, recipe, settings=None):
         super().__init__(model, recipe)
         self.save_hyperparameters(settings, ignore=["model", "recipe"])
 
     def configure_optimizers(self):
-        #: The optimizer gets the head alone. Frozen weights would cost it memory.
+        #: The head alone: the backbone comes later, as a group with its own learning rate.
         head = self.model.head.parameters()
         if self.recipe.optimizer == "adam":
             return torch.optim.Adam(head, lr=self.recipe.lr)

@@ -31,7 +31,7 @@ def one_hot(labels):
 
 # %% Train loop and test loop
 #: Move 1, the module: nothing holds the model, it is handed from function to function.
-#: Move 2, the training step: all of train_loop but two lines is what the Trainer will do.
+#: Move 2, the training step: the loss is yours, the rest of train_loop the Trainer will do.
 def train_loop(bar, model, optimizer, device, losses, every, write):
     model.train()
     for images, targets in bar:

@@ -118,7 +118,7 @@ def run(recipe, options):
     net, decisions = make_network(recipe)
     freeze(net.to(device).backbone)
     start = fingerprints(net.state_dict())
-    #: The optimizer gets the head alone. Frozen weights would cost it memory.
+    #: The head alone: the backbone comes later, as a group with its own learning rate.
     optimizer = configure_optimizers(net.head, recipe)
     model = torch.nn.DataParallel(net, range(options.devices)) if options.devices > 1 else net
     folder = start_folder(options, recipe.lesson, "plain")

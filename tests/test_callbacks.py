@@ -454,7 +454,7 @@ def test_wandb_goes_online_only_when_told_to(side, tmp_path, monkeypatch, capsys
     data = small_data(lesson="callbacks")
     monkeypatch.setattr("common.data.load_data", lambda recipe, options: data)
     said = refused(side, ["--logger", "wandb"], tmp_path, monkeypatch, capsys)
-    assert "Weights & Biases refused: No API key configured" in said
+    assert "there is no account to log in to; type .venv/bin/wandb login" in said
     monkeypatch.setenv("WANDB_MODE", "sideways")
     said = refused(side, ["--logger", "wandb"], tmp_path, monkeypatch, capsys)
     assert "WANDB_MODE is 'sideways'" in said and "offline, online, disabled" in said

@@ -370,3 +370,23 @@ def test_side_by_side(capsys):
         assert any(line.count(title) == 2 for line in without.splitlines()), title
     pairs = [line for line in without.splitlines() if line.count("torch.optim.Adam") == 2]
     assert len(pairs) == 1  # what corresponds stands in one row
+
+
+def test_a_side_that_breaks_off_is_no_difference(tmp_path, monkeypatch):
+    """Exit status 1 says that the sides differ; a traceback has the same one."""
+    for status, expected in ((1, 2), (2, 2), (130, 130)):
+
+        class BreaksOff:
+            def __init__(self, command):
+                pass
+
+            def wait(self, status=status):
+                return status
+
+        monkeypatch.setattr(subprocess, "Popen", BreaksOff)
+        assert parity(["cifar", "--runs-dir", str(tmp_path)]) == expected
+
+
+def test_parity_explains_itself(capsys):
+    assert parity(["--help"]) == 0
+    assert "Compare both sides of a lesson (cifar, fashion" in capsys.readouterr().out
