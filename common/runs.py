@@ -214,7 +214,9 @@ def hyperparameters(recipe: Recipe, options: Options) -> dict[str, Any]:
         del settings[name]
     start = Path(settings.get("start_from") or "none")
     if start.is_file():  # another content under the same name makes another run
-        settings["start_from"] = f"{start}, sha256 {_sha256(start.read_bytes())}"
+        with start.open("rb") as file:  # in pieces: VGG16's checkpoint has a gigabyte
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        settings["start_from"] = f"{start}, sha256 {digest}"
     return settings
 
 
