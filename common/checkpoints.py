@@ -39,7 +39,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
     `content` may hold tensors, numbers, strings, None, and lists, tuples and dicts of these;
     `read` takes nothing else. The same content gives the same bytes under every name. The folder is
-    made where it is missing.
+    made where it is missing. Raises BadInput where the system refuses, as when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
@@ -52,11 +52,15 @@ def save(path: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())  # or the new name might reach the disk before the content
         temporary.chmod(0o644)  # mkstemp's files are for their owner alone
         temporary.replace(path)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         # torch.save hides what the system said, such as that the disk is full, behind its own.
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise BadInput(
+            f"the checkpoint '{path}' could not be written ({cause.strerror}); those before it are "
+            "whole: make room for it, or name another folder by --runs-dir."
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -103,9 +103,18 @@ class EpochSampler(Sampler[int]):
         self.count, self.seed, self.epoch = count, seed, 0
         self.rank, self.world = processes()
         self.handed_out: dict[int, list[int]] = {}
+        self.done: dict[int, list[int]] = {}
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def carry_on(self, done: dict[int, list[int]]) -> None:
+        """Leave out, in each epoch, the samples that an earlier process trained on.
+
+        They are the first of that epoch's order. Begins in the last epoch among them: processes
+        that load ahead fetch the first batches before set_epoch is called.
+        """
+        self.done, self.handed_out, self.epoch = done, dict(done), max(done, default=0)
 
     def __len__(self) -> int:
         return self.count // self.world  # the same for every process, or they wait for each other
@@ -114,8 +123,8 @@ class EpochSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.count, generator=generator).tolist()
         # Parity compares what was really handed out, by all processes together.
-        seen = self.handed_out[self.epoch] = []
-        for start in range(0, len(self) * self.world, self.world):
+        seen = self.handed_out[self.epoch] = list(self.done.get(self.epoch, []))
+        for start in range(len(seen), len(self) * self.world, self.world):
             seen += order[start : start + self.world]
             yield order[start + self.rank]
 

@@ -23,6 +23,18 @@ def notice(*lines: str) -> None:
     print(bar, *(f"  {line}" for line in lines), bar, sep="\n", file=sys.stderr, flush=True)
 
 
+class Stopped(Exception):
+    """A run that ends early and in order; the text says in one sentence why, and what to do.
+
+    `status` is the exit status: 130 after Ctrl-C, 143 after SIGTERM, 124 when the time was up, as
+    of the command `timeout`, and 1 where the training itself could not go on.
+    """
+
+    def __init__(self, sentence: str, status: int) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose refusals are one sentence, without the usage before it."""
 
@@ -34,10 +46,11 @@ class Parser(argparse.ArgumentParser):
 def clear_messages() -> Iterator[None]:
     """Say in one sentence what the user can mend, and leave with 2, or with 130 after Ctrl-C.
 
-    Also keeps Lightning's advertisements and notes off the screen, and five warnings: two about
+    Also keeps Lightning's advertisements and notes off the screen, and seven warnings: two about
     how many processes should load data, which would cost more than our batches take; one about
-    Lightning's own code; one that there are fewer steps than `--log-every-n-steps`; one that a
-    run's folder, in which W&B has just begun to write, is not empty.
+    Lightning's own code; one that there are fewer steps than `--log-every-n-steps`; two that a
+    run's folder, in which W&B has just begun to write, or that is carried on in, is not empty; and
+    one that a loader cannot be resumed, because it has no state_dict: ours is told by `carry_on`.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for text in (
@@ -46,12 +59,16 @@ def clear_messages() -> Iterator[None]:
         "LeafSpec",
         "log_every_n_steps",
         "Experiment logs directory",
+        "Checkpoint directory",
+        "your dataloader is not resumable",
     ):
         warnings.filterwarnings("ignore", f".*{text}")
     try:
         yield
     except BadInput as error:
         _exit(f"error: {error}", status=2)
+    except Stopped as end:
+        _exit(f"\n{end}", end.status)
     except OSError as error:
         _exit(f"error: the system refused: {error}.", status=2)
     except Exception as error:

@@ -31,6 +31,14 @@ class Net(nn.Module):
         return self.fc3(x)
 
 
+class DropoutNet(Net):
+    """`Net` with dropout before its last layer, and log-probabilities for its answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_submodule("fc3", nn.Sequential(nn.Dropout(0.25), self.fc3, nn.LogSoftmax(1)))
+
+
 class MLP(nn.Module):
     """The three-layer network of PyTorch's quickstart tutorial: 669,706 parameters.
 

@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -103,6 +104,17 @@ def _number(
         if math.isnan(value) or not fits(value):
             raise argparse.ArgumentTypeError(f"expected {wanted}, got '{text}'")
         return value
+
+    return convert
+
+
+def _text(pattern: str, wanted: str) -> Callable[[str], str]:
+    """Return a converter for argparse that refuses a text unless all of it fits the pattern."""
+
+    def convert(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got '{text}'")
+        return text
 
     return convert
 
@@ -246,11 +258,13 @@ def _add_own(add: Callable[..., Any], own: Field, default: Any) -> None:
     elif "choices" in rule:
         add(name, choices=rule["choices"], default=default, help=rule["help"])
     elif isinstance(default, str):
-        add(name, default=default, metavar="FILE", help=rule["help"])
+        form = _text(rule.get("pattern", ".*"), rule["metavar"])
+        add(name, type=form, default=default, metavar=rule["metavar"], help=rule["help"])
     else:
-        least = rule["at_least"]
-        wanted = f"a {'whole ' * isinstance(default, int)}number from {least} on"
-        number = _number(type(default), lambda value: least <= value <= 10**9, wanted)
+        least, most = rule["at_least"], rule.get("at_most", 10**9)
+        to = f"to {most}" if "at_most" in rule else "on"
+        wanted = f"a {'whole ' * isinstance(default, int)}number from {least} {to}"
+        number = _number(type(default), lambda value: least <= value <= most, wanted)
         add(name, type=number, default=default, metavar="N", help=rule["help"])
 
 

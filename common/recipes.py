@@ -1,6 +1,6 @@
 """What each lesson trains. Both sides of a pair read the same recipe."""
 
-from common.models import MLP, DeepNet, Net, Transfer
+from common.models import MLP, DeepNet, DropoutNet, Net, Transfer
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,9 @@ class Recipe:
 def option(default: Any, text: str, **rule: Any) -> Any:
     """Make a recipe's field an option of its lesson's command line.
 
-    `rule` is choices=(...), or at_least=number; a bool needs none, and neither does a file's name.
+    `rule` is choices=(...), or at_least=number and perhaps at_most=number, or metavar="..." and
+    perhaps pattern="..." for a text; a bool needs none. With same_result=True, two runs that differ
+    in this option alone must end with the same numbers.
     """
     return field(default=default, metadata={"help": text, **rule})
 
@@ -55,6 +57,28 @@ class CallbacksRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResumeRecipe(Recipe):
+    min_delta: float = 0.0
+    patience: int = option(3, "epochs without improvement after which it stops", at_least=1)
+    checkpoint_every_n_steps: int = option(
+        500, "steps from one checkpoint within an epoch to the next", at_least=1, same_result=True
+    )
+    ckpt_path: str = option(
+        "",
+        "the checkpoint to carry on from: the last one, the best one, or a file of either side",
+        metavar="last|best|FILE",
+        same_result=True,
+    )
+    max_time: str = option(
+        "",
+        "save and end after this time, such as 00:01:30:00 for an hour and a half",
+        metavar="DD:HH:MM:SS",
+        pattern=r"(\d{2}:\d{2}:\d{2}:\d{2})?",
+        same_result=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneRecipe(Recipe):
     backbone: str = option(
         "vgg16",
@@ -70,7 +94,9 @@ class FinetuneRecipe(Recipe):
     unfreeze_at_epoch: int = option(
         1, "the first epoch, counted from 0, in which the backbone is trained too", at_least=0
     )
-    start_from: str = option("", "a checkpoint or weights.pt of either side to start from")
+    start_from: str = option(
+        "", "a checkpoint or weights.pt of either side to start from", metavar="FILE"
+    )
 
 
 RECIPES: dict[str, Any] = {
@@ -111,6 +137,18 @@ RECIPES: dict[str, Any] = {
         momentum=0.9,
         batch_size=32,
         max_epochs=50,
+    ),
+    # Dropout draws random numbers in every step, and the learning rate follows a cosine down to 0.
+    "resume": ResumeRecipe(
+        lesson="resume",
+        data="cifar10",
+        pixels="signed",
+        model=DropoutNet,
+        optimizer="sgd",
+        lr=1e-2,
+        momentum=0.9,
+        batch_size=32,
+        max_epochs=5,
     ),
     # The backbone's learning rate is a tenth of `lr`, which is that of the new layer. A few images
     # are what one fine-tunes with, and what a processor manages with VGG16.

@@ -18,7 +18,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ class MetricsFile:
     """metrics.csv, row by row, in the form in which Lightning's CSVLogger writes it."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "metrics.csv"
+        self.folder, self.path = folder, folder / "metrics.csv"
         self.columns = ["epoch", "step"]
         self.rows: list[dict[str, Any]] = []
 
@@ -172,15 +172,20 @@ class MetricsFile:
         """
         numbers = {f"{stage}_{k}": v for k, v in values.items() if isinstance(v, float)}
         self.rows.append({"epoch": epoch, "step": step, **numbers})
-        new = numbers.keys() - set(self.columns)
-        if new:  # a new column changes the head: the whole file is written anew
-            self.columns = sorted([*self.columns, *new])
-        with self.path.open("w" if new else "a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            if new:
-                writer.writeheader()
-            writer.writerows(self.rows if new else self.rows[-1:])
+        if numbers.keys() <= set(self.columns):
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(self.rows[-1])
+        else:  # a new column changes the head
+            self.write_again(self.rows)
         return {"epoch": epoch, **numbers}
+
+    def write_again(self, rows: list[dict[str, Any]]) -> None:
+        """Write the whole file anew, with these rows and no others."""
+        self.rows, self.columns = rows, sorted({"epoch", "step"}.union(*rows))
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def run_folder(options: Options, lesson: str, side: str) -> Path:
@@ -188,14 +193,19 @@ def run_folder(options: Options, lesson: str, side: str) -> Path:
     return options.runs_dir / lesson / side
 
 
-def start_folder(options: Options, lesson: str, side: str) -> Path:
+def start_folder(options: Options, lesson: str, side: str, carry_on: bool = False) -> Path:
     """Return the folder of one side's results, without an earlier run's files.
 
     Otherwise a run that is stopped would leave its metrics beside another run's result. A complete
-    run is not lost: its folder becomes SIDE.previous, in place of the one before it.
+    run is not lost, nor one that can be carried on: its folder becomes SIDE.previous, in place of
+    the one before it. With `carry_on`, what the earlier run wrote stays, but for its result.
     """
     folder = run_folder(options, lesson, side)
-    if (folder / "result.json").exists():
+    if carry_on:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").unlink(missing_ok=True)
+        return folder
+    if (folder / "result.json").exists() or any((folder / "checkpoints").glob("step_*.ckpt")):
         previous = folder.with_name(f"{side}.previous")
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
@@ -210,7 +220,8 @@ def start_folder(options: Options, lesson: str, side: str) -> Path:
 def hyperparameters(recipe: Recipe, options: Options) -> dict[str, Any]:
     """Return all settings but the folders, and those that have a place of their own."""
     settings = {**asdict(recipe), **asdict(options), "model": recipe.model.__name__}
-    for name in ("lesson", "data_dir", "runs_dir", "threads", "seed", "defaults"):
+    same_result = [own.name for own in fields(recipe) if own.metadata.get("same_result")]
+    for name in ("lesson", "data_dir", "runs_dir", "threads", "seed", "defaults", *same_result):
         del settings[name]
     start = Path(settings.get("start_from") or "none")
     if start.is_file():  # another content under the same name makes another run
@@ -222,8 +233,14 @@ def hyperparameters(recipe: Recipe, options: Options) -> dict[str, Any]:
 
 def config_of(recipe: Recipe, options: Options, data: Data) -> dict[str, Any]:
     """Return what a checkpoint needs beside its weights: all settings, and the classes' names."""
-    names = {"lesson": recipe.lesson, "seed": recipe.seed, "classes": list(data.classes)}
-    settings = {**hyperparameters(recipe, options), **names, "data": data.name}
+    settings = {
+        **hyperparameters(recipe, options),
+        "lesson": recipe.lesson,
+        "data": data.name,
+        "classes": list(data.classes),
+        "seed": recipe.seed,
+        "threads": options.threads,
+    }
     del settings["model"]  # a LightningModule has an argument of that name: the network itself
     return settings
 
@@ -312,14 +329,22 @@ def random_state() -> dict[str, str]:
 
 def read_metrics(folder: str | Path, stage: str) -> list[dict[str, float]]:
     """Return the rows of metrics.csv that belong to a stage: its loss, accuracy and f1."""
-    with Path(folder, "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
     names = ("loss", "accuracy", "f1")
     return [
-        {name: float(row[f"{stage}_{name}"]) for name in names}
-        for row in rows
-        if row.get(f"{stage}_loss")
+        {name: row[f"{stage}_{name}"] for name in names}
+        for row in read_rows(folder)
+        if f"{stage}_loss" in row
     ]
+
+
+def read_rows(folder: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.csv, each without the columns that it leaves empty."""
+    path = Path(folder, "metrics.csv")
+    if not path.exists():  # nothing was logged yet
+        return []
+    with path.open(newline="") as file:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    return [row | {"epoch": int(row["epoch"]), "step": int(row["step"])} for row in rows]
 
 
 def print_epoch(epoch: int, val: Mapping[str, Any], prefix: str = "") -> None:

@@ -87,9 +87,9 @@ def prepare(recipe, options):
     return data, net, fingerprints(net.state_dict())
 
 
-def fit_and_test(trainer, model, datamodule, best=False):
+def fit_and_test(trainer, model, datamodule, best=False, ckpt_path=None):
     began = time.perf_counter()
-    trainer.fit(model, datamodule)
+    trainer.fit(model, datamodule, ckpt_path=ckpt_path)
     fitted = time.perf_counter()
     order = trainer.train_dataloader.sampler.handed_out
     losses = trainer.strategy.reduce(torch.stack(model.losses), reduce_op="mean").tolist()
