@@ -39,6 +39,15 @@ class DropoutNet(Net):
         self.set_submodule("fc3", nn.Sequential(nn.Dropout(0.25), self.fc3, nn.LogSoftmax(1)))
 
 
+class NormNet(Net):
+    """`Net` with BatchNorm after its convolutions: 62,050 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_submodule("conv1", nn.Sequential(self.conv1, nn.BatchNorm2d(6)))
+        self.set_submodule("conv2", nn.Sequential(self.conv2, nn.BatchNorm2d(16)))
+
+
 class MLP(nn.Module):
     """The three-layer network of PyTorch's quickstart tutorial: 669,706 parameters.
 

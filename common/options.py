@@ -61,6 +61,7 @@ def parse_options(lesson: str, argv: Sequence[str] | None = None) -> tuple[Recip
     options = Options(**given)
     _check_devices(recipe, options)
     _check_logger(getattr(recipe, "logger", "csv"))
+    _check_precision(getattr(recipe, "precision", "32-true"), options.accelerator)
     _check_runs_dir(options.runs_dir)
     return recipe, options
 
@@ -309,6 +310,16 @@ def _check_logger(logger: str) -> None:
         raise BadInput(
             "WANDB_MODE is 'online', but there is no account to log in to; type "
             ".venv/bin/wandb login, or unset WANDB_MODE to stay offline."
+        )
+
+
+def _check_precision(precision: str, accelerator: str) -> None:
+    """Refuse half precision where the Trainer would silently take another one."""
+    on_cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if precision == "16-mixed" and not on_cuda:
+        raise BadInput(
+            "--precision 16-mixed needs a CUDA GPU, and none is used here; use --precision "
+            "bf16-mixed, which needs no scaling of the loss, or 32-true."
         )
 
 

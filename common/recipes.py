@@ -1,6 +1,6 @@
 """What each lesson trains. Both sides of a pair read the same recipe."""
 
-from common.models import MLP, DeepNet, DropoutNet, Net, Transfer
+from common.models import MLP, DeepNet, DropoutNet, Net, NormNet, Transfer
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +79,48 @@ class ResumeRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OptimizeRecipe(Recipe):
+    schedule: str = option(
+        "cosine",
+        "of the learning rate: cosine after a warm-up, OneCycle, or a tenth where the validation "
+        "loss stays on a plateau",
+        choices=("none", "cosine", "onecycle", "plateau"),
+    )
+    interval: str = option(
+        "step",
+        "how often the schedule moves on; plateau does so after each validation",
+        choices=("step", "epoch"),
+    )
+    accumulate_grad_batches: int = option(
+        2, "batches whose gradients add up to one optimizer step", at_least=1
+    )
+    exact_accumulation: bool = option(
+        False,
+        "let each image of a group of batches count the same, also where the last group is "
+        "incomplete; the Trainer does not",
+    )
+    gradient_clip_val: float = option(1.0, "what gradients are clipped to; 0: not", at_least=0.0)
+    gradient_clip_algorithm: str = option(
+        "norm", "clip the norm of all gradients, or the value of each", choices=("norm", "value")
+    )
+    precision: str = option(
+        "32-true", "16-mixed needs CUDA", choices=("32-true", "bf16-mixed", "16-mixed")
+    )
+    weight_decay: float = option(5e-4, "of weights, not of biases and norms", at_least=0.0)
+    label_smoothing: float = option(
+        0.1, "share of a label that is spread over all classes", at_least=0.0, at_most=1.0
+    )
+    ema_decay: float = option(
+        0.99, "of the moving average of the weights; 0: none", at_least=0.0, at_most=1.0
+    )
+
+    @property
+    def moves_on(self) -> str:
+        """When the schedule moves on: never, or after each step, epoch or validation."""
+        return {"none": "never", "plateau": "validation"}.get(self.schedule, self.interval)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneRecipe(Recipe):
     backbone: str = option(
         "vgg16",
@@ -146,6 +188,18 @@ RECIPES: dict[str, Any] = {
         model=DropoutNet,
         optimizer="sgd",
         lr=1e-2,
+        momentum=0.9,
+        batch_size=32,
+        max_epochs=5,
+    ),
+    # Everything on at once, but for mixed precision, which most processors make slower.
+    "optimize": OptimizeRecipe(
+        lesson="optimize",
+        data="cifar10",
+        pixels="signed",
+        model=NormNet,
+        optimizer="sgd",
+        lr=0.05,
         momentum=0.9,
         batch_size=32,
         max_epochs=5,
