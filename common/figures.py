@@ -17,14 +17,21 @@ from torch import nn
 SHOWN = 32  # images in a grid, eight in a row
 
 
-def draw(model: nn.Module, data: Data, result: dict[str, Any]) -> dict[str, Figure]:
-    """Return file names and pictures: samples, curves, confusion matrix and predictions."""
-    return {
+def draw(
+    model: nn.Module, data: Data, result: dict[str, Any], rows: list[dict[str, Any]]
+) -> dict[str, Figure]:
+    """Return file names and pictures: samples, curves, confusion matrix and predictions.
+
+    And what surrounds the optimizer, where `rows`, those of metrics.csv, have it.
+    """
+    figures = {
         "samples.png": _samples(data),
         "curves.png": _curves(result),
         "confusion.png": _confusion(data, result),
         "predictions.png": _predictions(model, data, result),
     }
+    steps = [row for row in rows if "train_lr" in row]
+    return figures | {"optimizer.png": _optimizer(result, steps)} if steps else figures
 
 
 def _grid(images: Images, titles: list[str], colors: list[str], heading: str) -> Figure:
@@ -78,6 +85,27 @@ def _curves(result: dict[str, Any]) -> Figure:
     for axis in (left, right):
         for line in axis.legend().get_lines():
             line.set_linewidth(1.5)  # that of the single steps is too thin to be seen
+    return figure
+
+
+def _optimizer(result: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
+    """Draw the learning rate, the gradients' norm and the scale of the loss over the steps."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure.suptitle(f"{result['lesson']}, {result['side']}, on {result['data']}")
+    panels = {
+        "learning rate": {"train_lr": ""},
+        "norm of all gradients": {
+            "train_grad_norm": "before clipping",
+            "train_grad_norm_clipped": "after clipping",
+        },
+        "scale of the loss": {"train_loss_scale": ""},
+    }
+    for axis, (title, lines) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for name, label in lines.items():
+            axis.plot([row["step"] + 1 for row in rows], [row[name] for row in rows], label=label)
+        axis.set(xlabel="optimizer step", title=title, ylim=(0, None))
+        if len(lines) > 1:
+            axis.legend()
     return figure
 
 

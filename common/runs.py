@@ -49,11 +49,13 @@ class Run:
     """One training of one side, with all that parity compares.
 
     `start` holds the fingerprints of the initial weights, `order` the samples that the training
-    loader handed out in each epoch, `train_loss` one number per optimizer step. `val` has one dict
+    loader handed out in each epoch, `train_loss` one number per batch, which is one per optimizer
+    step unless gradients are accumulated. `val` has one dict
     per validated epoch with loss, accuracy and f1; `test` has these and accuracy_per_class [10]
     and confusion [10, 10], whose rows are the true classes. `seconds` are those of training and of
     testing. `decisions` says what stopped the run and which weights were tested, where a lesson
-    decides that (see `report`). `random` is the state of the random generators when the run ended.
+    decides that (see `report`), or what else parity shall compare. `random` is the state of the
+    random generators when the run ended.
     """
 
     side: str
@@ -146,7 +148,8 @@ class Run:
         folder = run_folder(self.options, self.recipe.lesson, self.side)
         self.model.cpu().eval()
         _write(folder / "weights.pt", lambda path: path.write_bytes(self.weights()))
-        for name, figure in figures.draw(self.model, self.data, result).items():
+        rows = read_rows(folder)
+        for name, figure in figures.draw(self.model, self.data, result, rows).items():
             _write(folder / name, figure.savefig)
         lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
         text = "{\n" + ",\n".join(lines) + "\n}\n"  # a line for each name
@@ -210,7 +213,7 @@ def start_folder(options: Options, lesson: str, side: str, carry_on: bool = Fals
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*FILES, "hparams.yaml"):
+    for name in (*FILES, "optimizer.png", "hparams.yaml"):  # the latter two some runs have
         (folder / name).unlink(missing_ok=True)
     for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -379,7 +382,7 @@ def finish(run: Run) -> None:
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else f"{value}")
     if result["decisions"]:
         table.add_section()
-    table.add_row("optimizer steps", f"{len(result['train_loss']):,}")
+    table.add_row("training batches", f"{len(result['train_loss']):,}")
     table.add_row("seconds of training", f"{result['train_seconds']:.1f}")
     table.add_row("seconds of testing", f"{result['test_seconds']:.1f}")
     table.add_row("device, threads", f"{result['device']}, {result['threads']}")

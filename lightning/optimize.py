@@ -136,7 +136,8 @@ def run(recipe, options):
     model = LitOptimize(net, recipe, settings, len(data.train), batches)
     trainer = make_trainer(recipe, options, start_folder(options, recipe.lesson, "lightning"))
     results = fit_and_test(trainer, model, datamodule)
-    return Run("lightning", recipe, options, data, start, *results)
+    decisions = {"optimizer steps": trainer.global_step}
+    return Run("lightning", recipe, options, data, start, *results, decisions)
 
 
 # %% Command line

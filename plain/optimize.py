@@ -22,7 +22,6 @@ from fashion import prepare
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 from tqdm import tqdm
 
-
 # %% Clipping
 #: All gradients made shorter together, which keeps their direction; or each number on its own.
 CLIP = {"norm": clip_grad_norm_, "value": clip_grad_value_}
@@ -138,7 +137,7 @@ def run(recipe, options):
         test = evaluate(model, test_loader, options.limit_test_batches, device)
     seconds = (fitted - began, time.perf_counter() - fitted)
     log.write(len(order), t.steps, "test", test)
-    trained = (net, t.optimizer, device, seconds)
+    trained = (net, t.optimizer, device, seconds, {"optimizer steps": t.steps})
     return Run("plain", recipe, options, data, start, order, losses, val, test, *trained)
 
 

@@ -170,7 +170,7 @@ def test_what_breaks_off_leaves_the_old_file_and_nothing_else(error, tmp_path, m
         raise error
 
     monkeypatch.setattr(torch, "save", break_off)
-    with pytest.raises(error):
+    with pytest.raises(BadInput if error is OSError else error):
         checkpoints.save(path, {"epoch": 4})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
@@ -180,7 +180,7 @@ def test_a_full_disk_is_what_the_system_says_it_is(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(BadInput, match=r"could not be written \(File too large\)"):
             checkpoints.save(tmp_path / "best.ckpt", {"large": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -574,7 +574,7 @@ def test_an_unknown_network():
     weights = Net().state_dict()
     weights["fc3.weight"] = torch.zeros(100, 84)
     sentence = said(lambda: checkpoints.identify(weights), "the nearest is cifar, with 1 of")
-    assert "(cifar, fashion, callbacks, finetune vgg16, finetune resnet18, finetune" in sentence
+    assert "(cifar, fashion, callbacks, resume, optimize, finetune vgg16, finetune" in sentence
     assert "'fc3.weight', float32 [100, 84] instead of float32 [10, 84]" in sentence
     other = Transfer("resnet18").state_dict()
     del other["head.bias"]

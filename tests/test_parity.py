@@ -18,8 +18,13 @@ GRID = list(itertools.product((0, 1, 2), (2, 3), (8, 16), ("sgd", "adam"), (1, 2
 SOME = {lesson: GRID if lesson == "cifar" else GRID[::7] for lesson in lessons()}
 
 
-def both(tmp_path, monkeypatch, **settings):
-    return [train(side, tmp_path, monkeypatch, **settings) for side in SIDES]
+# One optimizer step a batch, as in the other lessons; test_optimize.py accumulates.
+OWN = {"optimize": dict(accumulate_grad_batches=1)}
+
+
+def both(tmp_path, monkeypatch, lesson="cifar", **settings):
+    settings = OWN.get(lesson, {}) | settings
+    return [train(side, tmp_path, monkeypatch, lesson=lesson, **settings) for side in SIDES]
 
 
 def assert_same(plain, lightning, steps):
@@ -134,7 +139,8 @@ def test_every_step_leaves_the_same_gradients_and_weights(lesson, tmp_path, monk
             torch.nn.modules.module.register_module_forward_pre_hook(before_forward),
         ]
         try:
-            train(side, tmp_path, monkeypatch, lesson=lesson, optimizer="adam")
+            own = OWN.get(lesson, {})
+            train(side, tmp_path, monkeypatch, lesson=lesson, optimizer="adam", **own)
         finally:
             for hook in hooks:
                 hook.remove()
