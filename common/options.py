@@ -154,7 +154,7 @@ def _parser(recipe: Recipe) -> Parser:
         type=count,
         default=recipe.batch_size,
         metavar="N",
-        help="images in one optimizer step, over all devices together",
+        help="images in one batch, over all devices together",
     )
     add(
         "--lr",

@@ -13,7 +13,7 @@ class Recipe:
     """One lesson's training, in full.
 
     The command line can replace optimizer, lr, batch_size, max_epochs and seed. `lr` is the
-    learning rate, `batch_size` the number of images in one optimizer step over all devices
+    learning rate, `batch_size` the number of images in one batch over all devices
     together, `momentum` belongs to SGD alone, `seed` draws the validation set, the initial weights
     and the order of the batches. `pixels` names an entry of `common.data.PIXELS`. `defaults` are
     those of other options that this lesson changes.
@@ -99,7 +99,7 @@ class OptimizeRecipe(Recipe):
         "let each image of a group of batches count the same, also where the last group is "
         "incomplete; the Trainer does not",
     )
-    gradient_clip_val: float = option(1.0, "what gradients are clipped to; 0: not", at_least=0.0)
+    gradient_clip_val: float = option(2.0, "what gradients are clipped to; 0: not", at_least=0.0)
     gradient_clip_algorithm: str = option(
         "norm", "clip the norm of all gradients, or the value of each", choices=("norm", "value")
     )
