@@ -69,6 +69,9 @@ class ResumeRecipe(Recipe):
         metavar="last|best|FILE",
         same_result=True,
     )
+    precision: str = option(
+        "32-true", "16-mixed needs CUDA", choices=("32-true", "bf16-mixed", "16-mixed")
+    )
     max_time: str = option(
         "",
         "save and end after this time, such as 00:01:30:00 for an hour and a half",

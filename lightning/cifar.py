@@ -13,8 +13,7 @@ import time
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch import callbacks, loggers
 from torchmetrics import Accuracy, ConfusionMatrix, F1Score, MetricCollection
 from torchsummary import summary
 
@@ -93,7 +92,7 @@ class LitClassifier(L.LightningModule):
 
 # %% Fit
 #: The Trainer calls set_epoch, train, zero_grad, backward, step, eval and no_grad by itself.
-def make_trainer(recipe, options, folder):
+def make_trainer(recipe, options, folder, **more):
     return L.Trainer(
         max_epochs=recipe.max_epochs,
         max_steps=options.max_steps,
@@ -105,11 +104,12 @@ def make_trainer(recipe, options, folder):
         devices=options.devices,
         use_distributed_sampler=False,
         deterministic="warn",
-        logger=CSVLogger(folder.parent, folder.name, version="", flush_logs_every_n_steps=1),
+        logger=loggers.CSVLogger(folder.parent, folder.name, "", flush_logs_every_n_steps=1),
         log_every_n_steps=options.log_every_n_steps,
-        callbacks=[TQDMProgressBar(refresh_rate=options.refresh_rate)],
+        callbacks=[callbacks.TQDMProgressBar(refresh_rate=options.refresh_rate)],
         enable_model_summary=False,
         enable_checkpointing=False,
+        **more,
     )
 
 

@@ -131,8 +131,8 @@ def run(recipe, options):
     batches = count_batches(len(datamodule.train_dataloader()), options.limit_train_batches)
     model = LitResume(net, recipe, settings, batches)
     with resume.Stop(recipe.max_time).listening() as stop:
-        trainer = make_trainer(recipe, options, folder)
-        trainer.strategy.checkpoint_io = SafeIO()
+        more = dict(precision=recipe.precision, plugins=[SafeIO()])
+        trainer = make_trainer(recipe, options, folder, **more)
         trainer.callbacks += make_callbacks(recipe, folder / "checkpoints", stop)
         results = fit_and_test(trainer, model, datamodule, best=True, ckpt_path=path)
     val, best = results[2], trainer.checkpoint_callback.best_model_path

@@ -24,10 +24,10 @@ from tqdm import tqdm
 # %% Save and load
 class Training:
     #: All that changes while it trains. What is left out here is lost with the process.
-    def __init__(self, net, optimizer, scheduler, batches, sampler, log, settings):
-        self.net, self.optimizer, self.scheduler, self.batches = net, optimizer, scheduler, batches
+    def __init__(self, net, optimizer, scheduler, scaler, batches, sampler, log, settings):
+        self.net, self.optimizer, self.scheduler, self.scaler = net, optimizer, scheduler, scaler
         self.sampler, self.log, self.settings = sampler, log, settings
-        self.losses, self.reason = [], "not stopped"
+        self.batches, self.losses, self.reason = batches, [], "not stopped"
 
     def save(self, name):
         step, size = len(self.losses), self.settings["batch_size"]
@@ -40,6 +40,8 @@ class Training:
         ckpt["state_dict"] = self.net.state_dict()
         ckpt["optimizer_states"] = [self.optimizer.state_dict()]
         ckpt["lr_schedulers"] = [self.scheduler.state_dict()]
+        #: The scale of the loss, with --precision 16-mixed, under the name of Lightning's plugin.
+        ckpt["MixedPrecision"] = self.scaler.state_dict()
         ckpt["hyper_parameters"] = self.settings
         #: Under a temporary name, synced, renamed: a kill during the writing leaves no half file.
         checkpoints.save(self.log.folder / "checkpoints" / f"{name}.ckpt", ckpt)
@@ -50,6 +52,7 @@ class Training:
         run = ckpt["run"]
         self.optimizer.load_state_dict(ckpt["optimizer_states"][0])
         self.scheduler.load_state_dict(ckpt["lr_schedulers"][0])
+        self.scaler.load_state_dict(ckpt.get("MixedPrecision", {}))
         self.losses, self.reason = list(run["losses"].to(device)), run["reason"]
         self.sampler.carry_on({epoch: order.tolist() for epoch, order in run["order"].items()})
         #: Rows that were written after the checkpoint will be written again.
@@ -59,15 +62,17 @@ class Training:
 
 
 # %% Fit
-def train_epoch(t, bar, model, device, recipe, options, stop, epoch):
+def train_epoch(t, bar, model, device, autocast, recipe, options, stop, epoch):
     model.train()
     every = options.log_every_n_steps
     for images, labels in bar:
         images, labels = images.to(device), labels.to(device)
         t.optimizer.zero_grad()
-        loss = F.nll_loss(model(images), labels)
-        loss.backward()
-        t.optimizer.step()
+        with autocast:
+            loss = F.nll_loss(model(images), labels)
+        t.scaler.scale(loss).backward()
+        t.scaler.step(t.optimizer)
+        t.scaler.update()
         t.scheduler.step()
         t.losses.append(loss.detach())
         step = len(t.losses)
@@ -81,7 +86,7 @@ def train_epoch(t, bar, model, device, recipe, options, stop, epoch):
             stop.end_if_asked(step)
 
 
-def fit(t, model, loader, data, recipe, options, device, stop):
+def fit(t, model, loader, data, recipe, options, device, autocast, stop):
     val_loader = eval_loader(data.val, recipe, options)
     last = recipe.max_epochs * t.batches if options.max_steps == -1 else options.max_steps
     while len(t.losses) < min(last, recipe.max_epochs * t.batches) and t.reason == "not stopped":
@@ -89,10 +94,11 @@ def fit(t, model, loader, data, recipe, options, device, stop):
         loader.sampler.set_epoch(epoch)
         todo = min((epoch + 1) * t.batches, last) - len(t.losses)
         bar = tqdm(itertools.islice(loader, todo), f"Epoch {epoch}", todo, disable=None)
-        train_epoch(t, bar, model, device, recipe, options, stop, epoch)
+        train_epoch(t, bar, model, device, autocast, recipe, options, stop, epoch)
         step = len(t.losses)
         if step % t.batches == 0:
-            val = evaluate(model, val_loader, options.limit_val_batches, device, F.nll_loss)
+            with autocast:
+                val = evaluate(model, val_loader, options.limit_val_batches, device, F.nll_loss)
             t.log.write(epoch, step - 1, "val", val)
             print_epoch(epoch, val)
             val_losses = [row["val_loss"] for row in t.log.rows if "val_loss" in row]
@@ -111,17 +117,21 @@ def run(recipe, options):
     loader = train_loader(data.train, recipe, options)
     batches = count_batches(len(loader), options.limit_train_batches)
     scheduler = CosineAnnealingLR(optimizer, recipe.max_epochs * batches)
-    t = Training(net, optimizer, scheduler, batches, loader.sampler, log, settings)
+    half = torch.float16 if recipe.precision == "16-mixed" else torch.bfloat16
+    autocast = torch.autocast(device.type, half, enabled=recipe.precision != "32-true")
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "16-mixed")
+    t = Training(net, optimizer, scheduler, scaler, batches, loader.sampler, log, settings)
     if path:
         t.load(path, device)
     began = time.perf_counter()
     with resume.Stop(recipe.max_time).listening() as stop:
-        fit(t, model, loader, data, recipe, options, device, stop)
+        fit(t, model, loader, data, recipe, options, device, autocast, stop)
     fitted = time.perf_counter()
     val = read_metrics(folder, "val")
     best = checkpoints.load(net, folder / "checkpoints" / "best.ckpt")["epoch"] if val else None
     test_loader = eval_loader(data.test, recipe, options)
-    test = evaluate(model, test_loader, options.limit_test_batches, device, F.nll_loss)
+    with autocast:
+        test = evaluate(model, test_loader, options.limit_test_batches, device, F.nll_loss)
     seconds = (fitted - began, time.perf_counter() - fitted)
     losses, order = torch.stack(t.losses).tolist(), loader.sampler.handed_out
     log.write(len(order), len(losses), "test", test)
