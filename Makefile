@@ -16,7 +16,7 @@ $(error there is no lesson for '$(UNKNOWN)'; there are: $(LESSONS))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup parity predict test test-slow lint format lock clean FORCE
+.PHONY: help setup parity order predict test test-slow lint format lock clean FORCE
 
 help: ## print these lines
 	@echo "usage: make TARGET [ARGS=\"--max-epochs 5\"]"
@@ -42,6 +42,9 @@ parity: .venv/ready ## prove it for every lesson, and print one table; only opti
 
 diff-%: .venv/ready FORCE ## show both sides of NAME side by side; ARGS="--no-comments" leaves out the lesson
 	@$(BIN)/python -m common.sidebyside $* $(ARGS)
+
+order: .venv/ready ## record the order of one optimizer step on both sides of optimize, and compare
+	@$(BIN)/python -m common.order $(ARGS)
 
 predict: .venv/ready ## classify a picture: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=photo.jpg
 	@test -n "$(CHECKPOINT)" && test -n "$(IMAGE)" || { \

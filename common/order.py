@@ -2,11 +2,11 @@
 
 `python -m common.order [--picture FILE]` trains each side for four batches, which are two optimizer
 steps, in a process of its own: in single precision, in bfloat16 and in float16. It prints both
-orders of the last step and whether all are equal. Exit status 0: they are; 1: they differ; 2: a
+orders of the last step, and whether all are equal. Exit status 0: they are; 1: they differ; 2: a
 side could not be recorded.
 
-The Trainer has no float16 on a CPU: it takes bfloat16 instead, which needs no scaler. To record the
-scaler on any machine, lightning/optimize.py is run with one line replaced, see `WITH_SCALER`.
+On a CPU the Trainer takes bfloat16 where float16 is asked for, and that needs no scaler. To record
+the scaler on any machine, lightning/optimize.py then runs with one line replaced: `WITH_SCALER`.
 """
 
 from common import ROOT, SIDES, data, shapes
@@ -17,6 +17,7 @@ from common.recipes import RECIPES
 
 import contextlib
 import inspect
+import io
 import itertools
 import json
 import subprocess
@@ -32,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch.amp import GradScaler
@@ -40,57 +42,39 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, SequentialLR
 from torch.optim.swa_utils import AveragedModel
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # the last one has most calls: it is drawn
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # the last one, with most calls, is drawn
 WITH_SCALER = (
     "precision=recipe.precision,",
     'plugins=[L.pytorch.plugins.MixedPrecision("16-mixed", "cpu")],',
 )
-COLORS = {
-    "forward": "#cfe2f3",
-    "backward": "#f9dfc0",
-    "scaler": "#e2d5f0",
-    "clipping": "#f6cfcf",
-    "update": "#cfe8cf",
-    "schedule": "#fbf1bf",
-    "average": "#cdeae8",
+SCHEDULES = (LRScheduler.step, SequentialLR.step, ReduceLROnPlateau.step)
+# What is recorded: what it does, its kind, how it is written, and the functions that do it.
+WATCHED: dict[str, tuple[str, str, tuple[Callable, ...]]] = {
+    "begin the epoch": ("", "", (EpochSampler.set_epoch,)),
+    "autocast on": ("forward", "with torch.autocast(...):", (torch.autocast.__enter__,)),
+    "forward pass": ("forward", "model(images)", ()),  # that of the recipe's model
+    "compute the loss": ("forward", "F.cross_entropy(...)", (F.cross_entropy,)),
+    "autocast off": ("forward", "(its block ends)", (torch.autocast.__exit__,)),
+    "clear the gradients": ("backward", "optimizer.zero_grad()", (Optimizer.zero_grad,)),
+    "scale the loss up": ("scaler", "scaler.scale(loss)", (GradScaler.scale,)),
+    "backward pass": ("backward", "loss.backward()", (torch.autograd.backward,)),
+    "scale gradients down": ("scaler", "scaler.unscale_(optimizer)", (GradScaler.unscale_,)),
+    "measure gradients": ("clipping", "get_total_norm(...)", (get_total_norm,)),
+    "clip their norm": ("clipping", "clip_grad_norm_(...)", (clip_grad_norm_,)),
+    "clip their values": ("clipping", "clip_grad_value_(...)", (clip_grad_value_,)),
+    "update if all is finite": ("scaler", "scaler.step(optimizer)", (GradScaler.step,)),
+    "update the weights": ("update", "optimizer.step()", (SGD.step, Adam.step)),
+    "adjust the scale": ("scaler", "scaler.update()", (GradScaler.update,)),
+    "move the schedule on": ("schedule", "scheduler.step()", SCHEDULES),
+    "update the average": ("average", "", ()),  # that of each side
 }
-EPOCH, ON, OFF, UPDATE, AVERAGE = (
-    "begin the epoch",
-    "autocast on",
-    "autocast off",
-    "update the weights",
-    "update the average",
-)
-# What is recorded: (functions, what it does, its kind, how it is written).
-WATCHED: tuple[tuple[tuple[Callable, ...], str, str, str], ...] = (
-    ((EpochSampler.set_epoch,), EPOCH, "", ""),
-    ((torch.autocast.__enter__,), ON, "forward", "with torch.autocast(...):"),
-    ((F.cross_entropy,), "compute the loss", "forward", "F.cross_entropy(...)"),
-    ((torch.autocast.__exit__,), OFF, "forward", "end of that block"),
-    ((Optimizer.zero_grad,), "clear the gradients", "backward", "optimizer.zero_grad()"),
-    ((GradScaler.scale,), "scale the loss up", "scaler", "scaler.scale(loss)"),
-    ((torch.autograd.backward,), "backward pass", "backward", "loss.backward()"),
-    ((GradScaler.unscale_,), "scale gradients down", "scaler", "scaler.unscale_(optimizer)"),
-    ((get_total_norm,), "measure, to log", "clipping", "get_total_norm(...)"),
-    ((clip_grad_norm_,), "clip the gradients", "clipping", "clip_grad_norm_(...)"),
-    ((clip_grad_value_,), "clip each gradient", "clipping", "clip_grad_value_(...)"),
-    ((GradScaler.step,), "update if all is finite", "scaler", "scaler.step(optimizer)"),
-    ((SGD.step, Adam.step), UPDATE, "update", "optimizer.step()"),
-    ((GradScaler.update,), "adjust the scale", "scaler", "scaler.update()"),
-    (
-        (LRScheduler.step, SequentialLR.step, ReduceLROnPlateau.step),
-        "move the schedule on",
-        "schedule",
-        "scheduler.step()",
-    ),
-)
-KINDS = {name: kind for _, name, kind, _ in WATCHED} | {"forward pass": "forward", AVERAGE: "average"}
-CODE = {name: code for _, name, _, code in WATCHED} | {"forward pass": "model(images)"}
 AVERAGES = {"plain": "update_average(...)", "lightning": "average.update_parameters(...)"}
+KINDS = "forward backward scaler clipping update schedule average".split()
+COLORS = "#cfe2f3 #f9dfc0 #e2d5f0 #f6cfcf #cfe8cf #fbf1bf #cdeae8".split()
 
 
 class Call(NamedTuple):
-    """One recorded call: what it does, and the function of the lesson or of Lightning it is in."""
+    """One recorded call: what it does, and the function of a lesson or of Lightning it is in."""
 
     name: str
     caller: str
@@ -98,15 +82,15 @@ class Call(NamedTuple):
 
 @contextlib.contextmanager
 def recorded(lesson: ModuleType, model: type[torch.nn.Module]) -> Iterator[list[Call]]:
-    """Record the calls of one side's lesson, in order, into the list that it hands out.
+    """Record the calls of one side of the lesson, in order, into the list that it hands out.
 
-    Nothing is replaced: Python itself tells a profile function of each call, and a function is
-    known by its code, by whatever name a module has imported it.
+    Nothing is replaced: Python tells a profile function of each call, and a function is known by
+    its code, under whatever name a module has imported it.
     """
-    average: Callable = getattr(lesson, "update_average", AveragedModel.update_parameters)
-    watched = [(function, name) for functions, name, *_ in WATCHED for function in functions]
-    watched += [(model.forward, "forward pass"), (average, AVERAGE)]
-    names: dict[CodeType, str] = {_code(function): name for function, name in watched}
+    average = getattr(lesson, "update_average", AveragedModel.update_parameters)
+    names = {_code(model.forward): "forward pass", _code(average): "update the average"}
+    for name, (_, _, functions) in WATCHED.items():
+        names |= {_code(function): name for function in functions}
     calls: list[Call] = []
     inside: list[str] = []  # the kinds of the watched functions that have not returned yet
 
@@ -114,24 +98,24 @@ def recorded(lesson: ModuleType, model: type[torch.nn.Module]) -> Iterator[list[
         if event not in ("call", "return") or frame.f_code not in names:
             return
         name = names[frame.f_code]
-        kind = KINDS[name]
+        kind = WATCHED[name][0]
         if event == "return":
             inside.pop()
         # Clipping measures too, and a sequence of schedules moves one of its own on.
         part = kind in ("clipping", "schedule") and kind in inside
         if event == "call":
             inside.append(kind)
-        # Where the weights change is where step returns, not where it is called: Lightning hands it
-        # the forward and the backward pass, as a closure, which every optimizer runs first.
-        if part or event != ("return" if name == UPDATE else "call"):
+        # The weights change just before step returns. What Lightning does in between, forward and
+        # backward pass and clipping, it hands to step as a closure, which PyTorch's run first.
+        if part or event != ("return" if name == "update the weights" else "call"):
             return
-        # Scaler and autocast stand also in a training in single precision, switched off.
+        # Without mixed precision, the plain side has autocast and scaler too, switched off.
         if not getattr(frame.f_locals.get("self"), "_enabled", True):
             return
         if kind == "forward" and not torch.is_grad_enabled():
             return  # validation and test
-        if name == OFF and calls[-1].name == ON:
-            calls.pop()  # around a validation: no forward pass of the training
+        if name == "autocast off" and calls[-1].name == "autocast on":
+            calls.pop()  # around a validation
         else:
             calls.append(Call(name, _caller(frame)))
 
@@ -143,87 +127,84 @@ def recorded(lesson: ModuleType, model: type[torch.nn.Module]) -> Iterator[list[
         sys.setprofile(before)
 
 
-def _code(function: Callable) -> CodeType:
+def _code(function: Any) -> CodeType:
     """Return the code of a function, without the decorators around it."""
-    unwrapped: Any = inspect.unwrap(function)
-    return unwrapped.__code__
+    return inspect.unwrap(function).__code__
 
 
 def _caller(frame: FrameType) -> str:
-    """Name the nearest function around a call that is not PyTorch's."""
-    outer = frame.f_back
-    while outer and outer.f_code.co_filename.startswith(str(Path(torch.__file__).parent)):
+    """Name the nearest function around a call that is not PyTorch's own."""
+    outer: Any = frame.f_back
+    while outer.f_code.co_filename.startswith(str(Path(torch.__file__).parent)):
         outer = outer.f_back
-    assert outer is not None
-    path, name = Path(outer.f_code.co_filename), outer.f_code.co_qualname
-    return name if path.parent.parent == ROOT else f"Lightning's {name}"
+    own = Path(outer.f_code.co_filename).parent.parent == ROOT
+    return ("" if own else "Lightning's ") + outer.f_code.co_qualname
 
 
 def settings(precision: str) -> tuple[Any, Options]:
     """Return recipe and options of what is recorded: two steps, of which the second is logged."""
     recipe = replace(RECIPES["optimize"], batch_size=8, max_epochs=1, precision=precision)
-    limits = {f"limit_{stage}_batches": 1 for stage in ("val", "test")}
-    options = Options(accelerator="cpu", limit_train_batches=4, log_every_n_steps=2, **limits)
-    return recipe, options
+    options = Options(accelerator="cpu", limit_train_batches=4, log_every_n_steps=2)
+    return recipe, replace(options, limit_val_batches=1, limit_test_batches=1)
 
 
 def record(lesson: ModuleType, recipe: Any, options: Options) -> list[Call]:
-    """Run one side of the lesson and return the calls of all its steps."""
+    """Run one side of the lesson for one epoch and return the calls of all its steps, in order."""
     with recorded(lesson, recipe.model) as calls:
         lesson.run(recipe, options)
-    return calls[1 + [call.name for call in calls].index(EPOCH) :]
+    return calls[1 + [call.name for call in calls].index("begin the epoch") :]
 
 
 def last_step(calls: list[Call]) -> list[Call]:
-    """Return the calls of the last optimizer step: after the update of the average before it."""
-    ends = [place for place, call in enumerate(calls) if call.name == AVERAGE]
-    before, end = [-1, -1, *ends][-2:]
-    return calls[before + 1 : end + 1]
+    """Return the calls of the last step: those after the step before has updated the average."""
+    ends = [n for n, call in enumerate(calls, start=1) if call.name == "update the average"]
+    before, end = [0, 0, *ends][-2:]
+    return calls[before:end]
 
 
 def difference(plain: list[Call], lightning: list[Call]) -> str | None:
     """Say which call is the first that differs, None where both sides call the same."""
-    for number, (ours, theirs) in enumerate(itertools.zip_longest(plain, lightning), start=1):
-        names = [call.name if call else "nothing more" for call in (ours, theirs)]
-        if names[0] != names[1]:
-            return f"call {number}: plain '{names[0]}', lightning '{names[1]}'"
+    for number, pair in enumerate(itertools.zip_longest(plain, lightning), start=1):
+        ours, theirs = (f"'{call.name}'" if call else "nothing more" for call in pair)
+        if ours != theirs:
+            return f"call {number}: plain {ours}, lightning {theirs}"
     return None if plain else "no call was recorded"
 
 
 def draw(plain: list[Call], lightning: list[Call]) -> Figure:
     """Draw both orders side by side, a box for each call; what differs has a red frame."""
     rows = list(itertools.zip_longest(plain, lightning))
-    versions = " and ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
     figure = Figure(figsize=(9, 0.4 * len(rows) + 1.4))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set(xlim=(0, 100), ylim=(len(rows) + 1.3, -2.2))
     axis.axis("off")
     heading = "The calls of one optimizer step, in order, as recorded"
     axis.text(50, -1.65, heading, ha="center", fontsize=13)
-    detail = f"two batches, precision 16-mixed, on the CPU; {versions}"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
+    detail = f"two batches in 16-mixed on the CPU; {packages}; grey: in Lightning's own code"
     axis.text(50, -1.05, detail, ha="center", fontsize=9)
     # A batch ends with its backward pass, the last one with the step.
     ends = [n for n, call in enumerate(plain, start=1) if call.name == "backward pass"]
-    starts = [0, *ends[:-1], len(rows)]
-    for batch, (start, end) in enumerate(itertools.pairwise(starts), start=1):
-        middle = (start + end) / 2
-        axis.text(1.5, middle, f"batch {batch}", rotation=90, va="center", ha="center", fontsize=10)
+    for batch, (start, end) in enumerate(itertools.pairwise([0, *ends[:-1], len(rows)]), start=1):
+        axis.text(1.5, (start + end) / 2, f"batch {batch}", rotation=90, va="center", ha="center")
         axis.axhline(start, color="black", linewidth=0.8)
+    text: dict[str, Any] = {"va": "center", "fontsize": 9.5}
     for column, (side, left) in enumerate(zip(SIDES, (6, 53.5), strict=True)):
         axis.text(left, -0.25, side, fontsize=12, weight="bold")
         for row, pair in enumerate(rows):
-            axis.text(5, row + 0.5, f"{row + 1}", ha="right", va="center", fontsize=10)
+            axis.text(5, row + 0.5, f"{row + 1}", ha="right", **text)
             if call := pair[column]:
-                equal = pair[0] and pair[1] and pair[0].name == pair[1].name
-                edge, color = "dimgray" if equal else "red", COLORS[KINDS[call.name]]
-                axis.barh(row + 0.5, 46, 0.84, left=left, color=color, edgecolor=edge)
-                code = AVERAGES[side] if call.name == AVERAGE else CODE[call.name]
-                text = {"va": "center", "fontsize": 9.5}
-                axis.text(left + 0.7, row + 0.31, call.name, **text)
-                axis.text(left + 45.5, row + 0.31, code, ha="right", family="monospace", **text)
-                inside = f"in {call.caller}"
-                axis.text(left + 0.7, row + 0.69, inside, va="center", fontsize=8, color="dimgray")
-    for place, (kind, color) in enumerate(COLORS.items()):
+                kind, code, _ = WATCHED[call.name]
+                edge = "red" if difference(*([c] if c else [] for c in pair)) else "dimgray"
+                color = COLORS[KINDS.index(kind)]
+                axis.barh(row + 0.5, 46, 0.86, left=left, color=color, edgecolor=edge)
+                axis.text(left + 0.7, row + 0.33, call.name, **text)
+                code = code or AVERAGES[side]
+                axis.text(left + 45.5, row + 0.33, code, ha="right", family="monospace", **text)
+                ink = "dimgray" if call.caller.startswith("Lightning's") else "black"
+                inside = text | {"fontsize": 8, "color": ink}
+                axis.text(left + 0.7, row + 0.7, f"in {call.caller}", **inside)
+    for place, (kind, color) in enumerate(zip(KINDS, COLORS, strict=True)):
         box = {"facecolor": color, "edgecolor": "dimgray"}
         axis.text(12 + 13 * place, len(rows) + 0.7, kind, ha="center", fontsize=9, bbox=box)
     return figure
@@ -232,33 +213,26 @@ def draw(plain: list[Call], lightning: list[Call]) -> Figure:
 # From here on: the command.
 
 
-def load(side: str, *changes: tuple[str, str]) -> ModuleType:
-    """Return SIDE/optimize.py as a module, after replacing each old text by a new one.
-
-    Its folder stays on the path: one process loads one side, since both have the same names.
-    """
-    path = ROOT / side / "optimize.py"
-    source = path.read_text(encoding="utf-8")
-    for old, new in changes:
-        assert source.count(old) == 1, f"{path} has {source.count(old)} times: {old}"
-        source = source.replace(old, new)
-    sys.path.insert(0, str(path.parent))
-    lesson = ModuleType("optimize")
-    exec(compile(source, str(path), "exec"), lesson.__dict__)
-    return lesson
-
-
 def record_side(side: str) -> dict[str, list[Call]]:
-    """Record one side in each precision, on a few drawn images; writes into the current folder."""
+    """Record one side in each precision, on drawn images; writes into the current folder.
+
+    For a process of its own, that ends then: both sides have modules of the same names.
+    """
     images = Images(*shapes.draw_shapes(32, seed=1), PIXELS[RECIPES["optimize"].pixels])
     few = Data("shapes", shapes.CLASSES, images, images, images)
     data.load_data = lambda recipe, options: few  # before the lesson imports it
-    calls = {}
+    path = ROOT / side / "optimize.py"
+    sys.path.insert(0, str(path.parent))
+    found = {}
     for precision in PRECISIONS:
-        changed = side == "lightning" and precision == "16-mixed"
-        lesson = load(side, *([WITH_SCALER] if changed else []))
-        calls[precision] = record(lesson, *settings(precision))
-    return calls
+        source = path.read_text(encoding="utf-8")
+        if side == "lightning" and precision == "16-mixed":
+            assert source.count(WITH_SCALER[0]) == 1, f"{path} lacks '{WITH_SCALER[0]}'"
+            source = source.replace(*WITH_SCALER)
+        lesson = ModuleType("optimize")
+        exec(compile(source, str(path), "exec"), lesson.__dict__)
+        found[precision] = record(lesson, *settings(precision))
+    return found
 
 
 def _record_elsewhere(side: str) -> dict[str, list[Call]]:
@@ -267,48 +241,44 @@ def _record_elsewhere(side: str) -> dict[str, list[Call]]:
         command = [sys.executable, "-m", "common.order", "--side", side]
         ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if ended.returncode:
-        said = (ended.stderr.strip() or "nothing").splitlines()[-1]
+        said = (ended.stderr.splitlines() or ["nothing"])[-1]
         raise BadInput(f"the {side} side could not be recorded; its last words were: {said}")
     found = json.loads(ended.stdout.splitlines()[-1])
     return {precision: [Call(*call) for call in calls] for precision, calls in found.items()}
 
 
-def show(plain: list[Call], lightning: list[Call]) -> None:
-    """Print both orders as one table."""
-    table = Table(title="one optimizer step of optimize, 16-mixed", title_justify="left")
-    table.add_column("", justify="right")
-    for side in SIDES:
-        table.add_column(side)
-        table.add_column("in", style="dim")
-    for number, pair in enumerate(itertools.zip_longest(plain, lightning), start=1):
-        table.add_row(f"{number}", *(text for call in pair for text in call or ("", "")))
-    Console().print(table)
-
-
 def main(argv: list[str]) -> int:
-    """Record both sides, print and draw the last step; return the exit status."""
+    """Record both sides, print and draw the last step; return the exit status.
+
+    Raises BadInput where a side breaks off, or the picture has another format.
+    """
     parser = Parser(prog="common.order", description="Record the order of a step on both sides.")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it into this .png file")
-    parser.add_argument("--side", choices=SIDES, help="record this side alone, and print it as JSON")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="a .png file to draw it into")
+    parser.add_argument("--side", choices=SIDES, help="print, as JSON, what this side alone calls")
     arguments = parser.parse_args(argv)
     if arguments.side:
         print(json.dumps(record_side(arguments.side)))
         return 0
-    picture: Path | None = arguments.picture
-    if picture and picture.suffix != ".png":
-        raise BadInput(f"--picture '{picture}' must end with .png.")
-    plain, lightning = (_record_elsewhere(side) for side in SIDES)
-    drawn = [last_step(calls[PRECISIONS[-1]]) for calls in (plain, lightning)]
-    show(*drawn)
-    if picture:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        draw(*drawn).savefig(picture, dpi=150)
+    if arguments.picture and arguments.picture.suffix != ".png":
+        raise BadInput(f"--picture '{arguments.picture}' must end with .png.")
+    found = [_record_elsewhere(side) for side in SIDES]
+    drawn = [last_step(calls[PRECISIONS[-1]]) for calls in found]
+    table = Table("", *SIDES, title="the calls of one step, 16-mixed", title_justify="left")
+    for number, pair in enumerate(itertools.zip_longest(*drawn), start=1):
+        table.add_row(f"{number}", *(call.name if call else "" for call in pair))
+    Console().print(table)
+    if arguments.picture:
+        arguments.picture.parent.mkdir(parents=True, exist_ok=True)
+        drawing = io.BytesIO()
+        draw(*drawn).savefig(drawing, dpi=150)
+        # 64 colours are enough for it, and make the file a third as large.
+        Image.open(drawing).convert("RGB").quantize(64).save(arguments.picture, optimize=True)
     status = 0
     for precision in PRECISIONS:
-        differs = difference(plain[precision], lightning[precision])
-        counted = f"{len(plain[precision])} calls in two steps of each side"
-        print(f"{precision}: " + (f"DIFFERENT, first in {differs}" if differs else f"{counted}, equal"))
-        status = 1 if differs else status
+        first = difference(*(calls[precision] for calls in found))
+        status = 1 if first else status
+        equal = f"equal, {len(found[0][precision])} calls in two steps"
+        print(f"{precision}: {f'DIFFERENT, first in {first}' if first else equal}.")
     return status
 
 

@@ -102,7 +102,7 @@ class OptimizeRecipe(Recipe):
         "let each image of a group of batches count the same, also where the last group is "
         "incomplete; the Trainer does not",
     )
-    gradient_clip_val: float = option(2.0, "what gradients are clipped to; 0: not", at_least=0.0)
+    gradient_clip_val: float = option(1.5, "what gradients are clipped to; 0: not", at_least=0.0)
     gradient_clip_algorithm: str = option(
         "norm", "clip the norm of all gradients, or the value of each", choices=("norm", "value")
     )
