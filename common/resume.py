@@ -21,8 +21,10 @@ from torch import Tensor
 KEPT = 3  # checkpoints that can be carried on from, beside the best one
 LAYOUT = 1  # of what the lesson adds to a checkpoint under "run"
 PARTS = {
+    "optimizer_states": list,
+    "lr_schedulers": list,
     "random": dict,
-    "losses": object,
+    "losses": Tensor,
     "order": dict,
     "rows": list,
     "reason": str,
@@ -89,36 +91,35 @@ def _checked(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _check(path: Path, content: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise BadInput unless a checkpoint is one that a run with these settings wrote."""
-    then, run, advice = content.get("hyper_parameters"), content.get("run"), "name another file"
-    fault = None
-    if not isinstance(then, dict) or "lesson" not in then:
-        fault = "holds weights alone, with which no training can be carried on"
-    elif then["lesson"] != settings["lesson"]:
-        fault = f"is of the lesson {then['lesson']}, not of {settings['lesson']}"
-    elif not isinstance(run, dict) or run.get("layout") != LAYOUT:
-        layout = run.get("layout") if isinstance(run, dict) else "unknown"
-        fault = f"has the layout {layout}, and {LAYOUT} is the one that can be carried on"
-    elif missing := [
-        name
-        for parts, kinds in ((content, {"optimizer_states": list, "lr_schedulers": list}),
-                             (run, PARTS))
-        for name, kind in kinds.items()
-        if not isinstance(parts.get(name), kind)
-    ]:  # fmt: skip
-        fault = f"lacks {missing[0]!r}"
-    else:
-        for name in sorted((then.keys() | settings.keys()) - set(FREE)):
-            if then.get(name) != settings.get(name):
-                fault = (
-                    f"was made with {name} {then.get(name)!r}, and now it is {settings.get(name)!r}"
-                )
-                advice = "carry on with the options of the run that wrote it"
-                break
-    if fault:
+    if fault := _fault(content, settings):
         raise BadInput(
-            f"the checkpoint '{path}' {fault}; {advice}, or leave out --ckpt-path to begin at "
-            "the start."
+            f"the checkpoint '{path}' {fault}, or leave out --ckpt-path to begin at the start."
         )
+
+
+def _fault(content: dict[str, Any], settings: dict[str, Any]) -> str | None:
+    """Say why a checkpoint cannot be carried on from, and what to do; None if it can."""
+    then, run, advice = content.get("hyper_parameters"), content.get("run"), "name another file"
+    if not isinstance(then, dict) or "lesson" not in then:
+        return f"holds weights alone, with which no training can be carried on; {advice}"
+    if then["lesson"] != settings["lesson"]:
+        return f"is of the lesson {then['lesson']}, not of {settings['lesson']}; {advice}"
+    if not isinstance(run, dict) or run.get("layout") != LAYOUT:
+        layout = run.get("layout") if isinstance(run, dict) else "unknown"
+        return f"has the layout {layout}, and {LAYOUT} is what can be carried on; {advice}"
+    for name, kind in PARTS.items():
+        if not isinstance((content | run).get(name), kind):
+            return f"lacks {name!r}; {advice}"
+    if content.get("global_step") != len(run["losses"]):
+        losses = len(run["losses"])
+        return f"says step {content.get('global_step')}, but has {losses} losses; {advice}"
+    for name in sorted((then.keys() | settings.keys()) - set(FREE)):
+        if then.get(name) != settings.get(name):
+            return (
+                f"was made with {name} {then.get(name)!r}, and now it is {settings.get(name)!r}; "
+                "carry on with the options of the run that wrote it"
+            )
+    return None
 
 
 def _tell_versions(path: Path, content: dict[str, Any]) -> None:
