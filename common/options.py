@@ -260,7 +260,9 @@ def _add_own(add: Callable[..., Any], own: Field, default: Any) -> None:
         add(name, choices=rule["choices"], default=default, help=rule["help"])
     elif isinstance(default, str):
         form = _text(rule.get("pattern", ".*"), rule["metavar"])
-        add(name, type=form, default=default, metavar=rule["metavar"], help=rule["help"])
+        # Named in the text, the default is not appended to it: it is nothing.
+        text = rule["help"] + "%(default)s"
+        add(name, type=form, default=default, metavar=rule["metavar"], help=text)
     else:
         least, most = rule["at_least"], rule.get("at_most", 10**9)
         to = f"to {most}" if "at_most" in rule else "on"

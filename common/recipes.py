@@ -76,7 +76,7 @@ class ResumeRecipe(Recipe):
         "",
         "save and end after this time, such as 00:01:30:00 for an hour and a half",
         metavar="DD:HH:MM:SS",
-        pattern=r"(\d{2}:\d{2}:\d{2}:\d{2})?",
+        pattern="([0-9]{2}:[0-9]{2}:[0-9]{2}:[0-9]{2})?",
         same_result=True,
     )
 

@@ -31,8 +31,8 @@ PARTS = {
     "versions": dict,
 }
 # Settings that may change when a run is carried on: the numbers stay those of the run that was
-# never stopped, up to where it ends.
-FREE = ("max_steps", "num_workers", "limit_test_batches")
+# never stopped, up to where it ends. The classes follow from the data.
+FREE = ("max_steps", "num_workers", "limit_test_batches", "accelerator", "classes")
 
 
 def begin(
@@ -43,23 +43,40 @@ def begin(
     The recipe's `ckpt_path` is "", for the start, last, best, or a file's name. Where the last one
     is damaged, the one before it is taken, with a notice; where there is none yet, the run begins
     at the start, as with the Trainer, so that a job can always ask for the last one. A file from
-    elsewhere brings the best checkpoint beside it along.
+    elsewhere begins a new run in the folder, and brings the best checkpoint beside it along.
 
     Raises BadInput where the checkpoint is missing, damaged, of another lesson, of an older layout,
-    or was made with other settings.
+    was made with other settings, or is past --max-steps.
     """
-    which, own = recipe.ckpt_path, run_folder(options, recipe.lesson, side) / "checkpoints"
+    which, folder = recipe.ckpt_path, run_folder(options, recipe.lesson, side)
+    own = folder / "checkpoints"
     if which == "last":
         path = _last(own, settings)
-    elif which:
-        path = own / "best.ckpt" if which == "best" else Path(which)
-        _tell_versions(path, _checked(path, settings))
     else:
-        path = None
-    folder = start_folder(options, recipe.lesson, side, carry_on=path is not None)
-    best = path.with_name("best.ckpt") if path else own / "best.ckpt"
-    if best.is_file() and best.resolve() != (own / "best.ckpt").resolve():
-        checkpoints.save(own / "best.ckpt", _checked(best, settings))
+        path = {"": None, "best": own / "best.ckpt"}.get(which, Path(which))
+    if path is None:
+        return start_folder(options, recipe.lesson, side), None
+    content = _checked(path, settings)
+    if -1 != options.max_steps < content["global_step"]:
+        raise BadInput(
+            f"the checkpoint '{path}' is after step {content['global_step']:,}, and --max-steps is "
+            f"{options.max_steps:,}; leave out one of the two."
+        )
+    best = None
+    if any("val_loss" in row for row in content["run"]["rows"]):
+        best = _checked(path.with_name("best.ckpt"), settings)
+    _tell_versions(path, content)
+    if path.resolve().parent == own.resolve():
+        return start_folder(options, recipe.lesson, side, carry_on=True), path
+    previous = folder.with_name(f"{side}.previous").resolve()
+    if folder.exists() and previous in path.resolve().parents:
+        raise BadInput(
+            f"'{path}' is in a folder that makes room for the run in '{folder}' when a new one "
+            "begins there; copy the folder elsewhere, and name the file in the copy."
+        )
+    start_folder(options, recipe.lesson, side)
+    if best:
+        checkpoints.save(own / "best.ckpt", best)
     return folder, path
 
 
@@ -67,12 +84,10 @@ def _last(folder: Path, settings: dict[str, Any]) -> Path | None:
     paths = sorted(folder.glob("step_*.ckpt"), reverse=True)
     for path in paths:
         try:
-            content = checkpoints.read(path)
+            checkpoints.read(path)
         except BadInput as error:
             notice(f"{error}".partition(";")[0], "The one before it is taken.")
             continue
-        _check(path, content, settings)
-        _tell_versions(path, content)
         return path
     if paths:
         raise BadInput(
@@ -84,17 +99,18 @@ def _last(folder: Path, settings: dict[str, Any]) -> Path | None:
 
 
 def _checked(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint; raise BadInput unless a run with these settings wrote it."""
+    if not path.is_file():
+        raise BadInput(
+            f"there is no file '{path}', which is needed to carry on; name a checkpoint of a run "
+            "of this lesson, in its folder, or leave out --ckpt-path to begin at the start."
+        )
     content = checkpoints.read(path)
-    _check(path, content, settings)
-    return content
-
-
-def _check(path: Path, content: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise BadInput unless a checkpoint is one that a run with these settings wrote."""
     if fault := _fault(content, settings):
         raise BadInput(
             f"the checkpoint '{path}' {fault}, or leave out --ckpt-path to begin at the start."
         )
+    return content
 
 
 def _fault(content: dict[str, Any], settings: dict[str, Any]) -> str | None:
@@ -183,12 +199,12 @@ def fill_in(checkpoint: dict[str, Any], trainer: Any, batches: int) -> None:
     """
     weights = checkpoints.weights(checkpoint, Path("checkpoint"))
     checkpoint["state_dict"] = {f"model.{name}": weight for name, weight in weights.items()}
+    checkpoint["callbacks"] = {}
     if not trainer.training:
-        return  # loaded to be tested: the weights are enough
+        return  # loaded to be tested: the weights are enough, the callbacks know better
     if "loops" not in checkpoint:
         loop = _counters(trainer.fit_loop.state_dict(), checkpoint["global_step"], batches)
         checkpoint["loops"] = {"fit_loop": loop}
-    checkpoint["callbacks"] = {}
     losses = [row["val_loss"] for row in checkpoint["run"]["rows"] if "val_loss" in row]
     if losses:
         stopping, best = trainer.early_stopping_callback, trainer.checkpoint_callback
@@ -221,10 +237,36 @@ def _counters(state: dict[str, Any], step: int, batches: int) -> dict[str, Any]:
     return state
 
 
-def prune(folder: Path) -> None:
-    """Remove all checkpoints that can be carried on from but the last KEPT, and the best one."""
-    for path in sorted(folder.glob("step_*.ckpt"))[:-KEPT]:
-        path.unlink()
+def prune(written: Path) -> None:
+    """Remove all checkpoints but the best one, the last KEPT, and the one just written."""
+    for path in sorted(written.parent.glob("step_*.ckpt"))[:-KEPT]:
+        if path != written:
+            path.unlink()
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all, and remove those that need not be kept."""
+    checkpoints.save(path, content)
+    prune(path)
+
+
+def best_epoch(folder: Path, val: list[dict[str, float]]) -> int | None:
+    """Return the epoch of a run's best checkpoint, None where no epoch was validated.
+
+    Raises BadInput where best.ckpt is of another epoch: whoever carries on from an older checkpoint
+    than the last one, and ends before the best epoch comes again, has only that of the future.
+    """
+    if not val:
+        return None
+    losses = [scores["loss"] for scores in val]
+    path, best = folder / "checkpoints" / "best.ckpt", losses.index(min(losses))
+    epoch = checkpoints.read(path)["epoch"]
+    if epoch != best:
+        raise BadInput(
+            f"the checkpoint '{path}' is of epoch {epoch}, and the best one of this run is {best}: "
+            "it was carried on from an older checkpoint, and ends too early; leave out --max-steps."
+        )
+    return best
 
 
 class Stop:

@@ -201,14 +201,11 @@ def start_folder(options: Options, lesson: str, side: str, carry_on: bool = Fals
 
     Otherwise a run that is stopped would leave its metrics beside another run's result. A complete
     run is not lost, nor one that can be carried on: its folder becomes SIDE.previous, in place of
-    the one before it. With `carry_on`, what the earlier run wrote stays, but for its result.
+    the one before it. With `carry_on`, its checkpoints stay, but not its results.
     """
     folder = run_folder(options, lesson, side)
-    if carry_on:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").unlink(missing_ok=True)
-        return folder
-    if (folder / "result.json").exists() or any((folder / "checkpoints").glob("step_*.ckpt")):
+    unfinished = any((folder / "checkpoints").glob("step_*.ckpt"))
+    if not carry_on and (unfinished or (folder / "result.json").exists()):
         previous = folder.with_name(f"{side}.previous")
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
@@ -216,7 +213,8 @@ def start_folder(options: Options, lesson: str, side: str, carry_on: bool = Fals
     for name in (*FILES, "optimizer.png", "hparams.yaml"):  # the latter two some runs have
         (folder / name).unlink(missing_ok=True)
     for name in FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
+        if not carry_on:
+            shutil.rmtree(folder / name, ignore_errors=True)
     return folder
 
 

@@ -25,8 +25,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 class SafeIO(TorchCheckpointIO):
     #: The Trainer's own renames a temporary file, too, but does not sync it, and checks nothing.
     def save_checkpoint(self, checkpoint, path, storage_options=None):
-        checkpoints.save(Path(path), checkpoint)
-        resume.prune(Path(path).parent)
+        resume.save(Path(path), checkpoint)
 
     def load_checkpoint(self, path, map_location=None, weights_only=None):
         #: A checkpoint of the plain side has no version of Lightning's.
@@ -113,12 +112,12 @@ def make_callbacks(recipe, folder, stop):
     after = dict(save_on_train_epoch_end=False, enable_version_counter=False)
     best = ModelCheckpoint(folder, "best", monitor="val_loss", **after)
     #: After each epoch's validation; and within the epoch. Why monitor a step? At an epoch's end
-    #: it makes the second wait for the validation, which whoever carries on would skip otherwise.
+    #: it makes `steps` wait for the validation, which whoever carries on would skip otherwise.
     after |= dict(monitor="step", mode="max", save_top_k=-1, auto_insert_metric_name=False)
     epochs = ModelCheckpoint(folder, "step_{step:08d}", **after)
     every = dict(every_n_train_steps=recipe.checkpoint_every_n_steps)
     steps = ModelCheckpoint(folder, "step_{step:08d}", **after, **every)
-    stopping = EarlyStopping("val_loss", 0.0, recipe.patience, check_on_train_epoch_end=False)
+    stopping = EarlyStopping("val_loss", patience=recipe.patience, check_on_train_epoch_end=False)
     return [stopping, best, epochs, steps, StopInOrder(stop, folder)]
 
 
@@ -135,8 +134,8 @@ def run(recipe, options):
         trainer = make_trainer(recipe, options, folder, **more)
         trainer.callbacks += make_callbacks(recipe, folder / "checkpoints", stop)
         results = fit_and_test(trainer, model, datamodule, best=True, ckpt_path=path)
-    val, best = results[2], trainer.checkpoint_callback.best_model_path
-    best = checkpoints.read(Path(best))["epoch"] if best else None
+    val = results[2]
+    best = resume.best_epoch(folder, val)
     decisions = report(model.reason, val, best, recipe, options)
     return Run("lightning", recipe, options, data, start, *results, decisions)
 

@@ -44,8 +44,7 @@ class Training:
         ckpt["MixedPrecision"] = self.scaler.state_dict()
         ckpt["hyper_parameters"] = self.settings
         #: Under a temporary name, synced, renamed: a kill during the writing leaves no half file.
-        checkpoints.save(self.log.folder / "checkpoints" / f"{name}.ckpt", ckpt)
-        resume.prune(self.log.folder / "checkpoints")
+        resume.save(self.log.folder / "checkpoints" / f"{name}.ckpt", ckpt)
 
     def load(self, path, device):
         ckpt = checkpoints.load(self.net, path)
@@ -103,8 +102,9 @@ def fit(t, model, loader, data, recipe, options, device, autocast, stop):
             print_epoch(epoch, val)
             val_losses = [row["val_loss"] for row in t.log.rows if "val_loss" in row]
             t.reason = stop_reason(val_losses, recipe.patience, recipe.min_delta)
-            for name in ("best", f"step_{step:08d}")[best_epoch(val_losses) != epoch :]:
-                t.save(name)
+            if best_epoch(val_losses) == epoch:
+                t.save("best")
+            t.save(f"step_{step:08d}")
             stop.end_if_asked(step)
 
 
@@ -128,7 +128,9 @@ def run(recipe, options):
         fit(t, model, loader, data, recipe, options, device, autocast, stop)
     fitted = time.perf_counter()
     val = read_metrics(folder, "val")
-    best = checkpoints.load(net, folder / "checkpoints" / "best.ckpt")["epoch"] if val else None
+    best = resume.best_epoch(folder, val)
+    if best is not None:
+        checkpoints.load(net, folder / "checkpoints" / "best.ckpt")
     test_loader = eval_loader(data.test, recipe, options)
     with autocast:
         test = evaluate(model, test_loader, options.limit_test_batches, device, F.nll_loss)
