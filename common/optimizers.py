@@ -66,12 +66,12 @@ def group_weight(batch: int, size: int, images: int, recipe: OptimizeRecipe) -> 
     return recipe.accumulate_grad_batches * size / min(full, images - before)
 
 
-def diverged(step: int, loss: float, folder: Path) -> Stopped:
-    """Return what ends a run whose loss is no number in a step, or in the validation after it."""
+def diverged(what: str, step: int, loss: float, folder: Path) -> Stopped:
+    """Return what ends a run whose loss, that of a step or of a validation, is no number."""
     kept = folder / "checkpoints" / "last.ckpt"
     last = f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint was written"
     return Stopped(
-        f"The loss of step {step:,} is {loss}: the training ends here, and {last}; try a smaller "
+        f"The {what} step {step:,} is {loss}: the training ends here, and {last}; try a smaller "
         "--lr, or a --gradient-clip-val.",
         status=1,
     )

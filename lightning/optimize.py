@@ -57,14 +57,14 @@ class LitOptimize(LitClassifier):
         smoothing = self.recipe.label_smoothing
         loss = F.cross_entropy(self.model(images), labels, label_smoothing=smoothing)
         if not loss.isfinite():
-            raise self.diverged(self.global_step + 1, loss)
+            raise self.diverged("loss of", self.global_step + 1, loss)
         self.losses.append(loss.detach())
         if self.due():
             self.log("train_loss", loss)
         return loss * group_weight(batch_idx, len(labels), self.images, self.recipe)
 
-    def diverged(self, step, loss):
-        return diverged(step, loss.item(), Path(self.trainer.log_dir))
+    def diverged(self, what, step, loss):
+        return diverged(what, step, loss.item(), Path(self.trainer.log_dir))
 
     def due(self):
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
@@ -96,8 +96,8 @@ class LitOptimize(LitClassifier):
     #: Before the checkpoint is written, which shall be the last good one.
     def on_validation_epoch_end(self):
         loss = self.trainer.callback_metrics["val_loss"]
-        if not loss.isfinite():
-            raise self.diverged(self.global_step, loss)
+        if not self.trainer.sanity_checking and not loss.isfinite():
+            raise self.diverged("validation loss after", self.global_step, loss)
 
 
 # %% Fit

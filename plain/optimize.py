@@ -66,7 +66,7 @@ def train_epoch(t, bar, model, device, recipe, options, epoch):
             loss = F.cross_entropy(model(images), labels, label_smoothing=recipe.label_smoothing)
         #: A NaN would spread to every weight. To look makes the CPU wait for a GPU each time.
         if not loss.isfinite():
-            raise diverged(t.steps + 1, loss.item(), t.log.folder)
+            raise diverged("loss of", t.steps + 1, loss.item(), t.log.folder)
         t.losses.append(loss.detach())
         if batch % group == 0:
             t.optimizer.zero_grad()
@@ -110,7 +110,7 @@ def fit(t, model, loader, data, recipe, options, device):
             with t.autocast:
                 val.append(evaluate(t.average, val_loader, options.limit_val_batches, device))
             if not math.isfinite(val[-1]["loss"]):
-                raise diverged(t.steps, val[-1]["loss"], t.log.folder)
+                raise diverged("validation loss after", t.steps, val[-1]["loss"], t.log.folder)
             t.log.write(epoch, t.steps - 1, "val", val[-1])
             print_epoch(epoch, val[-1])
             ckpt = {"epoch": epoch, "global_step": t.steps, "state_dict": t.average.state_dict()}
