@@ -389,6 +389,8 @@ def finish(run: Run) -> None:
     if None in result["train_loss"]:
         step = result["train_loss"].index(None) + 1
         print(f"The loss of step {step} is not a number: nothing was learned; try a smaller --lr.")
+    elif loss is None:
+        print("The test loss is not a number: the last steps spoiled it; try a smaller --lr.")
     print(f"Written to {folder}/: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
