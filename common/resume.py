@@ -205,6 +205,11 @@ def fill_in(checkpoint: dict[str, Any], trainer: Any, batches: int) -> None:
     if "loops" not in checkpoint:
         loop = _counters(trainer.fit_loop.state_dict(), checkpoint["global_step"], batches)
         checkpoint["loops"] = {"fit_loop": loop}
+    if checkpoint["run"]["reason"] != "not stopped":  # nothing is left to do in that epoch
+        loop = checkpoint["loops"]["fit_loop"]
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
+        for done in loop["epoch_progress"].values():
+            done |= {"processed": done["ready"], "completed": done["ready"]}
     losses = [row["val_loss"] for row in checkpoint["run"]["rows"] if "val_loss" in row]
     if losses:
         stopping, best = trainer.early_stopping_callback, trainer.checkpoint_callback
@@ -305,13 +310,16 @@ class Stop:
             raise KeyboardInterrupt
         self.signal = number
 
+    def listen(self) -> list[Any]:
+        """Take the two signals; return what took them before."""
+        return [signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)]
+
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
         """Take the two signals while the block runs."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, self._note) for number in numbers]
+        before = self.listen()
         try:
             yield self
         finally:
-            for number, handler in zip(numbers, before, strict=True):
+            for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
                 signal.signal(number, handler)

@@ -224,6 +224,8 @@ def hyperparameters(recipe: Recipe, options: Options) -> dict[str, Any]:
     same_result = [own.name for own in fields(recipe) if own.metadata.get("same_result")]
     for name in ("lesson", "data_dir", "runs_dir", "threads", "seed", "defaults", *same_result):
         del settings[name]
+    for stage in ("train", "val", "test"):  # as texts: one batch, 1, is not all of them, 1.0
+        settings[f"limit_{stage}_batches"] = str(settings[f"limit_{stage}_batches"])
     start = Path(settings.get("start_from") or "none")
     if start.is_file():  # another content under the same name makes another run
         with start.open("rb") as file:  # in pieces: VGG16's checkpoint has a gigabyte

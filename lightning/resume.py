@@ -33,20 +33,19 @@ class SafeIO(TorchCheckpointIO):
 
 
 class LitResume(LitCallbacks):
-    def __init__(self, model, recipe, settings, batches):
+    def __init__(self, model, recipe, settings, batches, stop):
         super().__init__(model, recipe, settings)
-        self.batches = batches
+        self.batches, self.stop = batches, stop
 
     def on_save_checkpoint(self, checkpoint):
         trainer, step, size = self.trainer, len(self.losses), self.recipe.batch_size
         reason = trainer.early_stopping_callback.stopping_reason.name.lower().replace("_", " ")
-        run = {**resume.made_with(), "rows": read_rows(trainer.log_dir), "reason": reason}
-        run["losses"] = torch.stack(self.losses).cpu()
+        run = checkpoint["run"] = resume.made_with() | {"reason": reason}
+        run |= {"rows": read_rows(trainer.log_dir), "losses": torch.stack(self.losses).cpu()}
         #: The generators that dropout draws from, and the place in the shuffled order.
         run["random"] = resume.random_states()
-        handed_out = trainer.train_dataloader.sampler.handed_out
-        run["order"] = resume.trained_on(handed_out, step, self.batches, size)
-        checkpoint["run"] = run
+        order = trainer.train_dataloader.sampler.handed_out
+        run["order"] = resume.trained_on(order, step, self.batches, size)
 
     def on_load_checkpoint(self, checkpoint):
         trainer, run = self.trainer, checkpoint["run"]
@@ -83,6 +82,23 @@ class LitResume(LitCallbacks):
             self.logger.log_metrics(row, self.global_step)
         return loss
 
+    def on_validation_start(self):
+        #: Again: the Trainer has a handler of its own for SIGTERM, and then ends with status 0.
+        self.stop.listen()
+
+    on_train_start = on_test_start = on_validation_start
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        trainer, step = self.trainer, self.global_step
+        if step % self.batches and (self.stop.asked or step == trainer.max_steps):
+            trainer.save_checkpoint(f"{trainer.log_dir}/checkpoints/step_{step:08d}.ckpt")
+            self.stop.end_if_asked(step)
+
+    def on_validation_end(self):
+        super().on_validation_end()
+        if not self.trainer.sanity_checking:
+            self.stop.end_if_asked(self.global_step)
+
 
 # %% Fit
 class ResumableData(ImageDataModule):
@@ -94,21 +110,7 @@ class ResumableData(ImageDataModule):
         return loader
 
 
-class StopInOrder(L.Callback):
-    def __init__(self, stop, folder):
-        self.stop, self.folder = stop, folder
-
-    def on_train_batch_end(self, trainer, module, *batch):
-        step = trainer.global_step
-        if step % module.batches and (self.stop.asked or step == trainer.max_steps):
-            trainer.save_checkpoint(self.folder / f"step_{step:08d}.ckpt")
-            self.stop.end_if_asked(step)
-
-    def on_train_epoch_end(self, trainer, module):
-        self.stop.end_if_asked(trainer.global_step)
-
-
-def make_callbacks(recipe, folder, stop):
+def make_callbacks(recipe, folder):
     after = dict(save_on_train_epoch_end=False, enable_version_counter=False)
     best = ModelCheckpoint(folder, "best", monitor="val_loss", **after)
     #: After each epoch's validation; and within the epoch. Why monitor a step? At an epoch's end
@@ -118,7 +120,7 @@ def make_callbacks(recipe, folder, stop):
     every = dict(every_n_train_steps=recipe.checkpoint_every_n_steps)
     steps = ModelCheckpoint(folder, "step_{step:08d}", **after, **every)
     stopping = EarlyStopping("val_loss", patience=recipe.patience, check_on_train_epoch_end=False)
-    return [stopping, best, epochs, steps, StopInOrder(stop, folder)]
+    return [stopping, best, epochs, steps]
 
 
 # %% Run
@@ -128,15 +130,14 @@ def run(recipe, options):
     folder, path = resume.begin(recipe, options, "lightning", settings)
     datamodule = ResumableData(data, recipe, options)
     batches = count_batches(len(datamodule.train_dataloader()), options.limit_train_batches)
-    model = LitResume(net, recipe, settings, batches)
     with resume.Stop(recipe.max_time).listening() as stop:
+        model = LitResume(net, recipe, settings, batches, stop)
         more = dict(precision=recipe.precision, plugins=[SafeIO()])
         trainer = make_trainer(recipe, options, folder, **more)
-        trainer.callbacks += make_callbacks(recipe, folder / "checkpoints", stop)
+        trainer.callbacks += make_callbacks(recipe, folder / "checkpoints")
         results = fit_and_test(trainer, model, datamodule, best=True, ckpt_path=path)
-    val = results[2]
-    best = resume.best_epoch(folder, val)
-    decisions = report(model.reason, val, best, recipe, options)
+    best = resume.best_epoch(folder, results[2])
+    decisions = report(model.reason, results[2], best, recipe, options)
     return Run("lightning", recipe, options, data, start, *results, decisions)
 
 
