@@ -66,6 +66,8 @@ def begin(
     if any("val_loss" in row for row in content["run"]["rows"]):
         best = _checked(path.with_name("best.ckpt"), settings)
     _tell_versions(path, content)
+    for half in own.glob(".*.ckpt"):  # what a kill left while it was written
+        half.unlink()
     if path.resolve().parent == own.resolve():
         return start_folder(options, recipe.lesson, side, carry_on=True), path
     previous = folder.with_name(f"{side}.previous").resolve()
