@@ -1348,3 +1348,46 @@ def test_the_real_command_is_stopped(side, tmp_path):
 
 if __name__ == "__main__":
     serve()
+
+
+# Half precision, whose scaler has a state too. On the CPU, as in test_optimize.py.
+
+HALF = {
+    "plain": ('enabled=recipe.precision == "16-mixed")',
+              'enabled=recipe.precision == "16-mixed", growth_interval=2)'),
+    "lightning": ("        more = dict(precision=recipe.precision, plugins=[SafeIO()])\n",
+                  "        from lightning.pytorch.plugins import MixedPrecision\n"
+                  "        scaler = torch.amp.GradScaler('cpu', growth_interval=2)\n"
+                  "        half = MixedPrecision('16-mixed', 'cpu', scaler)\n"
+                  "        more = dict(plugins=[SafeIO(), half])\n"),
+}  # fmt: skip
+FORGOTTEN = {
+    "plain": ('        self.scaler.load_state_dict(ckpt.get("MixedPrecision", {}))\n', ""),
+    "lightning": (FILL_IN, f'{FILL_IN}        checkpoint.pop("MixedPrecision")\n'),
+}
+
+
+def test_the_scale_of_the_loss_is_carried_on(tmp_path, monkeypatch):
+    """The scale doubles every second step, until a step is left out: where, the state decides."""
+    monkeypatch.setattr(resume, "KEPT", 1000)
+    settings = SETTINGS | dict(precision="16-mixed")
+    whole = {side: train(side, tmp_path / "whole", monkeypatch, HALF[side], **settings).result()
+             for side in SIDES}  # fmt: skip
+    assert compare(*whole.values()).agree
+    scale = lambda path: checkpoints.read(path)["MixedPrecision"]["scale"]  # noqa: E731
+    scales = [[scale(path) for path in files(tmp_path / "whole", side)] for side in SIDES]
+    assert scales[0] == scales[1] and len(scales[0]) == 7
+    other = max(scales[0])
+    assert other != 65536  # which is what a new scaler begins with
+    place = scales[0].index(other)
+    of = {side: str(files(tmp_path / "whole", side)[place]) for side in SIDES}
+    for side, source in itertools.product(SIDES, SIDES):
+        folder = tmp_path / f"{source}-{side}"
+        run = train(side, folder, monkeypatch, HALF[side], ckpt_path=of[source], **settings)
+        assert compare(run.result(), whole[side]).agree
+        count("scalers carried on")
+    for side in SIDES:
+        changes = HALF[side], FORGOTTEN[side]
+        run = train(side, tmp_path / "x", monkeypatch, *changes, ckpt_path=of[side], **settings)
+        assert compare(run.result(), whole[side]).first_difference.name == "steps"
+        count("negative controls")
