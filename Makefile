@@ -3,6 +3,11 @@
 
 PYTHON ?= python3
 ARGS ?=
+# How many devices, on how many machines, and where these meet: DEVICES=2 NODES=2 RDZV=10.0.0.1:29400
+DEVICES ?=
+NODES ?=
+RDZV ?=
+MACHINES = $(DEVICES:%=--devices %) $(NODES:%=--num-nodes %) $(RDZV:%=--rdzv-endpoint %)
 BIN := .venv/bin
 LESSONS := $(basename $(notdir $(wildcard plain/*.py)))
 # uv must take the Python of this machine, never fetch one of its own.
@@ -29,13 +34,16 @@ help: ## print these lines
 				printf "  make %-20s %s\n", target, text } }' Makefile
 
 plain-%: .venv/ready FORCE ## train NAME with the loop written by hand; ARGS="--help" lists its options
-	@$(BIN)/python plain/$*.py $(ARGS)
+	@$(BIN)/python plain/$*.py $(MACHINES) $(ARGS)
 
 lightning-%: .venv/ready FORCE ## train NAME with Lightning's Trainer; the same options
-	@$(BIN)/python lightning/$*.py $(ARGS)
+	@$(BIN)/python lightning/$*.py $(MACHINES) $(ARGS)
 
 parity-%: .venv/ready FORCE ## prove that both sides of NAME do the same; the same options
-	@$(BIN)/python -m common.parity $* $(ARGS)
+	@$(BIN)/python -m common.parity $* $(MACHINES) $(ARGS)
+
+parity-parallel: .venv/ready FORCE # also one process against several, and FSDP against DDP
+	@$(BIN)/python -m common.devices $(MACHINES) $(ARGS)
 
 parity: .venv/ready ## prove it for every lesson, and print one table; only options that all have
 	@$(BIN)/python -m common.parity $(ARGS)

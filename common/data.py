@@ -146,10 +146,18 @@ def train_loader(images: Images, recipe: Recipe, options: Options) -> DataLoader
 
 
 def eval_loader(images: Images, recipe: Recipe, options: Options) -> DataLoader:
-    """Return a loader of unshuffled batches, EVAL_BATCH_SIZE in all; every sample comes once."""
+    """Return a loader of unshuffled batches, EVAL_BATCH_SIZE in all; every sample comes once.
+
+    Several processes get as many batches each, since some wait for each other in every batch. Where
+    they do not divide the set, some have one sample less; PyTorch's DistributedSampler repeats
+    samples instead, which then count twice.
+    """
     rank, world = processes()
-    sampler = range(rank, len(images), world)
-    return _loader(images, EVAL_BATCH_SIZE // world, sampler, recipe, options)
+    sampler, size = range(rank, len(images), world), EVAL_BATCH_SIZE // world
+    fewest, most = len(images) // world, math.ceil(len(images) / world)
+    while math.ceil(fewest / size) != math.ceil(most / size):
+        size += 1
+    return _loader(images, size, sampler, recipe, options)
 
 
 def _loader(
@@ -404,13 +412,18 @@ def _print_notice(real: Source, folder: Path, reason: Exception) -> None:
 
 
 def _check_limits(data: Data, recipe: Recipe, options: Options) -> None:
-    """Refuse a share that is smaller than one batch."""
+    """Refuse a share that is smaller than one batch, and fewer images than devices."""
+    devices = options.devices * getattr(recipe, "num_nodes", 1)
     for stage, images, size, limit in (
         ("train", data.train, recipe.batch_size, options.limit_train_batches),
         ("val", data.val, EVAL_BATCH_SIZE, options.limit_val_batches),
         ("test", data.test, EVAL_BATCH_SIZE, options.limit_test_batches),
     ):
         batches = math.ceil(len(images) / size)
+        if len(images) < devices:
+            raise BadInput(
+                f"there are {len(images)} {stage} images for {devices} devices; use fewer devices."
+            )
         if count_batches(batches, limit) < 1:
             raise BadInput(
                 f"--limit-{stage}-batches {limit} is less than one batch of the {batches} there "

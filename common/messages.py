@@ -2,11 +2,14 @@
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
@@ -52,7 +55,8 @@ def clear_messages() -> Iterator[None]:
     run's folder, in which W&B has just begun to write, or that is carried on in, is not empty; and
     one that a loader cannot be resumed, because it has no state_dict: ours is told by `carry_on`.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for text in (
         "does not have many workers",
         "suggested max",
@@ -86,7 +90,12 @@ def clear_messages() -> Iterator[None]:
 
 def _exit(sentence: str, status: int) -> NoReturn:
     sys.stdout.flush()
-    print(sentence, file=sys.stderr)
+    # Of several processes, many may have the same to say: the one that started them says it once.
+    if to := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        said = {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}
+        Path(to).write_text(json.dumps({"message": said}))
+    else:
+        print(sentence, file=sys.stderr)
     raise SystemExit(status) from None
 
 

@@ -4,7 +4,7 @@ An option that Lightning's Trainer has carries the Trainer's name and means the 
 """
 
 from common.messages import BadInput, Parser
-from common.recipes import RECIPES, Recipe
+from common.recipes import RECIPES, ParallelRecipe, Recipe
 
 import argparse
 import contextlib
@@ -56,10 +56,17 @@ def parse_options(lesson: str, argv: Sequence[str] | None = None) -> tuple[Recip
     of_recipe = ["max_epochs", "batch_size", "lr", "optimizer", "seed"]
     of_recipe += [own.name for own in fields(RECIPES[lesson]) if own.metadata]
     recipe = replace(RECIPES[lesson], **{name: given.pop(name) for name in of_recipe})
+    devices = given["devices"]
     if given["threads"] == "auto":
-        given["threads"] = default_threads(recipe.batch_size)
+        threads = default_threads(recipe.batch_size // devices)
+        given["threads"] = min(threads, max(1, (os.cpu_count() or 1) // devices))
     options = Options(**given)
-    _check_devices(recipe, options)
+    if isinstance(recipe, ParallelRecipe):
+        options = _check_processes(recipe, options)
+    else:
+        _check_devices(options.devices, options)
+    if recipe.batch_size % options.devices:
+        _refuse_batch(recipe, options.devices)
     _check_logger(getattr(recipe, "logger", "csv"))
     _check_precision(getattr(recipe, "precision", "32-true"), options.accelerator)
     _check_runs_dir(options.runs_dir)
@@ -233,7 +240,16 @@ def _parser(recipe: Recipe) -> Parser:
         default=Options.accelerator,
         help="auto: CUDA, else MPS, else the CPU; gpu: CUDA or MPS",
     )
-    add("--devices", type=count, default=Options.devices, metavar="N", help="GPUs to use")
+    devices = recipe.defaults.get("devices", Options.devices)
+    several = "one process for each: GPUs, or processes on the CPU where there is none"
+    add(
+        "--devices",
+        type=count,
+        # torchrun, typed by hand, says itself how many it started.
+        default=int(os.environ.get("LOCAL_WORLD_SIZE", devices)) if devices > 1 else devices,
+        metavar="N",
+        help=several if devices > 1 else "GPUs to use",
+    )
     add(
         "--threads",
         type=_threads,
@@ -271,7 +287,61 @@ def _add_own(add: Callable[..., Any], own: Field, default: Any) -> None:
         add(name, type=number, default=default, metavar="N", help=rule["help"])
 
 
-def _check_devices(recipe: Recipe, options: Options) -> None:
+def _check_processes(recipe: ParallelRecipe, options: Options) -> Options:
+    """Refuse what several processes cannot do; return the options, without "auto".
+
+    Without a CUDA GPU, the processes share the CPU: gloo, by which they talk then, knows no MPS.
+    """
+    cpu = options.accelerator == "cpu" or (
+        options.accelerator == "auto" and not torch.cuda.is_available()
+    )
+    most, cores = 4 * (os.cpu_count() or 1), os.cpu_count()
+    _check_devices(1 if cpu else options.devices, options)
+    if cpu and options.devices > most:
+        raise BadInput(
+            f"--devices {options.devices} asks for as many processes, and {most} are the most for "
+            f"the {cores} cores here; use --devices {most}, or GPUs."
+        )
+    if cpu and recipe.strategy == "dp" and options.devices > 1:
+        raise BadInput(
+            "--strategy dp splits batches over CUDA GPUs, and none is used here; use --strategy "
+            "ddp, which runs on the CPU, too."
+        )
+    if recipe.strategy == "dp" and recipe.num_nodes > 1:
+        raise BadInput(
+            "--strategy dp is one process, and --num-nodes asks for several machines; use "
+            "--strategy ddp."
+        )
+    if cpu and recipe.sync_batchnorm:
+        raise BadInput(
+            "--sync-batchnorm needs CUDA GPUs, and none is used here: PyTorch has it for GPUs "
+            "alone; leave it out."
+        )
+    world = options.devices * recipe.num_nodes
+    started = int(os.environ.get("WORLD_SIZE", world))
+    if recipe.strategy != "dp" and started != world:
+        raise BadInput(
+            f"torchrun started {started} processes, and --devices {options.devices} with "
+            f"--num-nodes {recipe.num_nodes} are {world}; leave out these options, or name the "
+            "same numbers."
+        )
+    if recipe.batch_size % world:
+        _refuse_batch(recipe, world)
+    return replace(options, accelerator="cpu" if cpu else options.accelerator)
+
+
+def _refuse_batch(recipe: Recipe, devices: int) -> None:
+    nodes = getattr(recipe, "num_nodes", 1)
+    of = f" on each of --num-nodes {nodes}" if nodes > 1 else ""
+    below = recipe.batch_size // devices * devices
+    sizes = f"{below} or {below + devices}" if below else f"{devices}"
+    raise BadInput(
+        f"--batch-size {recipe.batch_size} cannot be split evenly over --devices "
+        f"{devices // nodes}{of}; choose a multiple of {devices}, such as {sizes}."
+    )
+
+
+def _check_devices(devices: int, options: Options) -> None:
     """Refuse accelerators and devices that this machine does not have."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     here = {"auto": True, "cpu": True, "cuda": cuda, "mps": mps, "gpu": cuda or mps}
@@ -281,15 +351,10 @@ def _check_devices(recipe: Recipe, options: Options) -> None:
             "on this machine; leave it out, or use --accelerator cpu."
         )
     gpus = torch.cuda.device_count() if options.accelerator in ("auto", "gpu", "cuda") else 0
-    if options.devices > max(gpus, 1):
+    if devices > max(gpus, 1):
         raise BadInput(
-            f"--devices {options.devices} asks for as many CUDA GPUs, but with --accelerator "
+            f"--devices {devices} asks for as many CUDA GPUs, but with --accelerator "
             f"{options.accelerator} there are {gpus} here; use --devices {max(gpus, 1)}."
-        )
-    if recipe.batch_size % options.devices:
-        raise BadInput(
-            f"--batch-size {recipe.batch_size} cannot be split evenly over --devices "
-            f"{options.devices}; choose a multiple of it."
         )
 
 

@@ -124,6 +124,56 @@ class OptimizeRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelRecipe(Recipe):
+    strategy: str = option(
+        "ddp",
+        "ddp: one process for each device, with all weights; fsdp: with its share of them; dp: one "
+        "process for all GPUs (DataParallel), which the Trainer has no more",
+        choices=("ddp", "fsdp", "dp"),
+    )
+    num_nodes: int = option(1, "machines; type the same command on each", at_least=1)
+    rdzv_endpoint: str = option(
+        "",
+        "where the machines meet: the first one's name or address, and a free port",
+        metavar="HOST:PORT",
+        pattern=r"([^:\s]+:[0-9]{1,5})?",
+        same_result=True,
+    )
+    max_restarts: int = option(
+        0,
+        "how often all processes are started again, from the last checkpoint, when one ends",
+        at_least=0,
+        same_result=True,
+    )
+    timeout: int = option(
+        300, "seconds for which processes wait for each other", at_least=1, same_result=True
+    )
+    ckpt_path: str = option(
+        "",
+        "the checkpoint to carry on from: the last one, or a file of the same side, also if other "
+        "devices wrote it",
+        metavar="last|FILE",
+        same_result=True,
+    )
+    accumulate_grad_batches: int = option(
+        1, "batches whose gradients add up to one optimizer step", at_least=1
+    )
+    batch_norm: bool = option(False, "train the network of the lesson optimize, with BatchNorm")
+    sync_batchnorm: bool = option(
+        False, "let BatchNorm average over all devices; only GPUs can do that"
+    )
+    precision: str = option(
+        "32-true",
+        "64-true: with double precision, where rounding is 500 million times smaller",
+        choices=("32-true", "64-true"),
+    )
+
+    def __post_init__(self) -> None:
+        if self.batch_norm:
+            object.__setattr__(self, "model", NormNet)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneRecipe(Recipe):
     backbone: str = option(
         "vgg16",
@@ -206,6 +256,19 @@ RECIPES: dict[str, Any] = {
         momentum=0.9,
         batch_size=32,
         max_epochs=5,
+    ),
+    # No dropout and no BatchNorm: then several processes compute what one does, but for rounding.
+    "parallel": ParallelRecipe(
+        lesson="parallel",
+        data="cifar10",
+        pixels="signed",
+        model=Net,
+        optimizer="sgd",
+        lr=1e-2,
+        momentum=0.9,
+        batch_size=32,
+        max_epochs=3,
+        defaults={"devices": 2},
     ),
     # The backbone's learning rate is a tenth of `lr`, which is that of the new layer. A few images
     # are what one fine-tunes with, and what a processor manages with VGG16.

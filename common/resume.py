@@ -36,22 +36,29 @@ FREE = ("max_steps", "num_workers", "limit_test_batches", "accelerator", "classe
 
 
 def begin(
-    recipe: Any, options: Options, side: str, settings: dict[str, Any]
+    recipe: Any,
+    options: Options,
+    side: str,
+    settings: dict[str, Any],
+    free: tuple[str, ...] = (),
+    best_too: bool = True,
 ) -> tuple[Path, Path | None]:
     """Return the run's folder, and the checkpoint to carry on from; None to begin at the start.
 
     The recipe's `ckpt_path` is "", for the start, last, best, or a file's name. Where the last one
     is damaged, the one before it is taken, with a notice; where there is none yet, the run begins
     at the start, as with the Trainer, so that a job can always ask for the last one. A file from
-    elsewhere begins a new run in the folder, and brings the best checkpoint beside it along.
+    elsewhere begins a new run in the folder, and brings the best checkpoint beside it along, unless
+    the lesson keeps none (`best_too`). Beside those in FREE, the settings in `free` may change.
 
     Raises BadInput where the checkpoint is missing, damaged, of another lesson, of an older layout,
     was made with other settings, or is past --max-steps.
     """
     which, folder = recipe.ckpt_path, run_folder(options, recipe.lesson, side)
     own = folder / "checkpoints"
+    settings = {name: value for name, value in settings.items() if name not in (*FREE, *free)}
     if which == "last":
-        path = _last(own, settings)
+        path = _last(own)
     else:
         path = {"": None, "best": own / "best.ckpt"}.get(which, Path(which))
     if path is None:
@@ -63,7 +70,7 @@ def begin(
             f"{options.max_steps:,}; leave out one of the two."
         )
     best = None
-    if any("val_loss" in row for row in content["run"]["rows"]):
+    if best_too and any("val_loss" in row for row in content["run"]["rows"]):
         best = _checked(path.with_name("best.ckpt"), settings)
     _tell_versions(path, content)
     for half in own.glob(".*.ckpt"):  # what a kill left while it was written
@@ -82,7 +89,7 @@ def begin(
     return folder, path
 
 
-def _last(folder: Path, settings: dict[str, Any]) -> Path | None:
+def _last(folder: Path) -> Path | None:
     paths = sorted(folder.glob("step_*.ckpt"), reverse=True)
     for path in paths:
         try:
@@ -128,11 +135,11 @@ def _fault(content: dict[str, Any], settings: dict[str, Any]) -> str | None:
     for name, kind in PARTS.items():
         if not isinstance((content | run).get(name), kind):
             return f"lacks {name!r}; {advice}"
-    if content.get("global_step") != len(run["losses"]):
+    if run.get("batches", content.get("global_step")) != len(run["losses"]):
         losses = len(run["losses"])
         return f"says step {content.get('global_step')}, but has {losses} losses; {advice}"
-    for name in sorted((then.keys() | settings.keys()) - set(FREE)):
-        if then.get(name) != settings.get(name):
+    for name in sorted(settings):
+        if then.get(name) != settings[name]:
             return (
                 f"was made with {name} {then.get(name)!r}, and now it is {settings.get(name)!r}; "
                 "carry on with the options of the run that wrote it"

@@ -98,7 +98,7 @@ class LitCallbacks(LitClassifier):
         images, labels = batch
         output = self.model(images)
         loss = exact(F.nll_loss(output, labels))
-        self.log(f"{stage}_loss", loss, batch_size=len(labels), sync_dist=True)
+        self.log(f"{stage}_loss", loss, batch_size=float(len(labels)), sync_dist=True)
         self.metrics[stage].update(output, labels)
         self.log_dict(self.metrics[stage])
         if stage == "test":

@@ -52,7 +52,7 @@ class LitMLP(L.LightningModule):
         logits = self.model(images)
         loss = F.cross_entropy(logits, labels)
         #: Weighted by batch_size: here the Trainer is right where the tutorial is wrong.
-        self.log(f"{stage}_loss", loss, batch_size=len(labels), sync_dist=True)
+        self.log(f"{stage}_loss", loss, batch_size=float(len(labels)), sync_dist=True)
         self.metrics[stage].update(logits, labels)
         self.log_dict(self.metrics[stage])
         if stage == "test":
@@ -97,6 +97,8 @@ def fit_and_test(trainer, model, datamodule, best=False, ckpt_path=None):
     path = trainer.checkpoint_callback.best_model_path if best else None
     trainer.test(model, datamodule, ckpt_path=path or None, verbose=False)
     seconds = (fitted - began, time.perf_counter() - fitted)
+    #: Of several processes, the first one has written what all read now.
+    trainer.strategy.barrier()
     val, (test,) = read_metrics(trainer.log_dir, "val"), read_metrics(trainer.log_dir, "test")
     confusion = model.confusion.compute()
     test["confusion"] = confusion.tolist()

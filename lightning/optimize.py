@@ -87,7 +87,7 @@ class LitOptimize(LitClassifier):
         images, labels = batch
         logits = self.model(images)
         loss = exact(F.cross_entropy(logits, labels))
-        self.log(f"{stage}_loss", loss, batch_size=len(labels), sync_dist=True)
+        self.log(f"{stage}_loss", loss, batch_size=float(len(labels)), sync_dist=True)
         self.metrics[stage].update(logits, labels)
         self.log_dict(self.metrics[stage])
         if stage == "test":

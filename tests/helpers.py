@@ -9,6 +9,7 @@ from common.recipes import RECIPES
 import functools
 import importlib.util
 import os
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,17 @@ class GreyNoisy(Noisy):
 NOISY = {"cifar10": Noisy, "fashionmnist": GreyNoisy}
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+# What torchrun would tell a process that is alone.
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
+         "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}  # fmt: skip
+
+
 def train(side, runs_dir, monkeypatch, *changes, data=None, lesson="cifar", model=None, **settings):
     """Train one side on a few images; return the Run. `settings` go to the recipe or the options.
 
@@ -134,5 +146,10 @@ def train(side, runs_dir, monkeypatch, *changes, data=None, lesson="cifar", mode
     recipe = replace(recipe, model=model or NOISY[recipe.data])
     of_recipe = {name: settings.pop(name) for name in list(settings) if hasattr(recipe, name)}
     settings.pop("weights", None)  # only finetune has such a setting
+    if lesson == "parallel" and os.environ.get("WORLD_SIZE", "1") == "1":
+        if torch.distributed.is_initialized():  # by the run before this one
+            torch.distributed.destroy_process_group()
+        for name, value in (ALONE | {"MASTER_PORT": free_port()}).items():
+            monkeypatch.setenv(name, value)
     options = Options(accelerator="cpu", runs_dir=runs_dir, log_every_n_steps=5)
     return module.run(replace(recipe, **of_recipe), replace(options, **settings))
