@@ -157,7 +157,7 @@ def _answers(model: nn.Module, images: Images, classes: tuple[str, ...], heading
     """Draw the first images with truth and prediction, the wrong ones in red."""
     first = replace(images, images=images.images[:SHOWN], labels=images.labels[:SHOWN])
     batch, truth = first.__getitems__(list(range(len(first))))
-    predicted = model(batch.to(next(model.parameters()).device)).argmax(1).cpu()
+    predicted = model(batch.to(next(model.parameters()))).argmax(1).cpu()
     titles = [
         f"is {classes[t]}\nsaid {classes[p]}"
         for t, p in zip(truth.tolist(), predicted.tolist(), strict=True)

@@ -228,9 +228,9 @@ def main(argv: list[str]) -> int:
                 "away for the new one; copy the file elsewhere and name the copy."
             )
         for side in SIDES:
-            if status := _run_if_needed(side, recipe, options, argv):
+            if status := run_if_needed(side, recipe, options, argv):
                 return status
-        a, b = (_read(side, recipe, options) for side in SIDES)
+        a, b = (read_result(side, recipe, options) for side in SIDES)
         pairs.append((a, b, compare(a, b)))
         show(*pairs[-1])
     if len(pairs) > 1:
@@ -238,9 +238,9 @@ def main(argv: list[str]) -> int:
     return 0 if all(comparison.agree for _, _, comparison in pairs) else 1
 
 
-def _run_if_needed(side: str, recipe: Recipe, options: Options, argv: list[str]) -> int:
+def run_if_needed(side: str, recipe: Recipe, options: Options, argv: list[str]) -> int:
     """Run one side, unless its result is there; return the exit status."""
-    if _is_of(_read(side, recipe, options), side, recipe, options):
+    if _is_of(read_result(side, recipe, options), side, recipe, options):
         return 0
     print(
         f"The {side} side of {recipe.lesson} has not been run with these settings: running it.",
@@ -258,7 +258,7 @@ def _wait_for(process: subprocess.Popen) -> int:
             return process.wait()
 
 
-def _read(side: str, recipe: Recipe, options: Options) -> Result:
+def read_result(side: str, recipe: Recipe, options: Options) -> Result:
     """Return the content of a side's result.json; {} where there is none, or none to be read."""
     try:
         return json.loads((run_folder(options, recipe.lesson, side) / "result.json").read_text())

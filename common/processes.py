@@ -18,6 +18,7 @@ import os
 import shlex
 import signal
 import socket
+import struct
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,6 +37,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
+
+if sys.platform == "linux":
+    import fcntl
 
 CARRY_ON = "carry on with the same options and --ckpt-path last"
 # Settings that may change when a run is carried on, if not its bits.
@@ -75,9 +79,15 @@ def _start(recipe: Any, options: Options) -> None:
     command += [f"{1 if recipe.strategy == 'dp' else options.devices}"]
     command += ["--max-restarts", f"{recipe.max_restarts}"]
     if recipe.num_nodes == 1:
-        command += ["--standalone", "--local-addr", "127.0.0.1"]
+        address = "127.0.0.1"
+        command += ["--standalone", "--local-addr", address]
     else:
-        command += _rendezvous(recipe)
+        address, rendezvous = _rendezvous(recipe)
+        command += rendezvous
+    # gloo would listen where the machine's name leads, which on Debian and Ubuntu is the machine
+    # itself: no other one would reach it.
+    if interface := _interface(address):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     command += sys.argv
     for name, value in (("--devices", options.devices), ("--num-nodes", recipe.num_nodes)):
         if not any(word.partition("=")[0] == name for word in sys.argv):
@@ -85,6 +95,8 @@ def _start(recipe: Any, options: Options) -> None:
     print("Starting: torchrun", shlex.join(command), flush=True)
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ |= {"OMP_NUM_THREADS": f"{options.threads}", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    # Each start gets a new store: torchrun's own would keep the addresses of processes that died.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         torchrun.run(torchrun.parse_args(command))
     except ChildFailedError as error:
@@ -107,8 +119,23 @@ def _start(recipe: Any, options: Options) -> None:
         ) from None
 
 
-def _rendezvous(recipe: Any) -> list[str]:
-    """Return the options with which the machines find each other.
+def _interface(address: str) -> str | None:
+    """Return the name of the network interface with this address; None if it is not found."""
+    if sys.platform != "linux":
+        return None
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # this one has no address
+                found = fcntl.ioctl(
+                    probe, 0x8915, struct.pack("256s", name.encode())
+                )  # SIOCGIFADDR
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return None
+
+
+def _rendezvous(recipe: Any) -> tuple[str, list[str]]:
+    """Return this machine's address, and the options with which the machines find each other.
 
     Raises BadInput where the address is no machine's, or another program has its port here.
     """
@@ -141,7 +168,8 @@ def _rendezvous(recipe: Any) -> list[str]:
     elif ours == address:
         wait += ",is_host=1"
     options = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{port}"]
-    return [*options, "--rdzv-id", recipe.lesson, "--rdzv-conf", wait, "--local-addr", ours]
+    options += ["--rdzv-id", recipe.lesson, "--rdzv-conf", wait, "--local-addr", ours]
+    return ours, options
 
 
 def _is_free(address: str, port: int) -> bool:

@@ -267,7 +267,7 @@ RECIPES: dict[str, Any] = {
         lr=1e-2,
         momentum=0.9,
         batch_size=32,
-        max_epochs=3,
+        max_epochs=2,
         defaults={"devices": 2},
     ),
     # The backbone's learning rate is a tenth of `lr`, which is that of the new layer. A few images

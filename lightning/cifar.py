@@ -73,8 +73,7 @@ class LitClassifier(L.LightningModule):
         images, labels = batch
         logits = self.model(images)
         loss = F.cross_entropy(logits, labels)
-        #: Averaged over the epoch, weighted by batch_size; sync_dist: over all processes. A float:
-        #: the mean over the processes of a whole number, the Trainer rounds down.
+        #: Averaged over the epoch and all processes; a batch_size without float is rounded down.
         self.log(f"{stage}_loss", loss, batch_size=float(len(labels)), sync_dist=True)
         self.metrics[stage].update(logits, labels)
         #: The objects, not their values: then they are computed once, over all samples.

@@ -129,6 +129,14 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": 
          "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}  # fmt: skip
 
 
+def be_alone(monkeypatch):
+    """Let this process be all that torchrun started."""
+    if torch.distributed.is_initialized():  # by the run before
+        torch.distributed.destroy_process_group()
+    for name, value in (ALONE | {"MASTER_PORT": free_port()}).items():
+        monkeypatch.setenv(name, value)
+
+
 def train(side, runs_dir, monkeypatch, *changes, data=None, lesson="cifar", model=None, **settings):
     """Train one side on a few images; return the Run. `settings` go to the recipe or the options.
 
@@ -147,9 +155,6 @@ def train(side, runs_dir, monkeypatch, *changes, data=None, lesson="cifar", mode
     of_recipe = {name: settings.pop(name) for name in list(settings) if hasattr(recipe, name)}
     settings.pop("weights", None)  # only finetune has such a setting
     if lesson == "parallel" and os.environ.get("WORLD_SIZE", "1") == "1":
-        if torch.distributed.is_initialized():  # by the run before this one
-            torch.distributed.destroy_process_group()
-        for name, value in (ALONE | {"MASTER_PORT": free_port()}).items():
-            monkeypatch.setenv(name, value)
+        be_alone(monkeypatch)
     options = Options(accelerator="cpu", runs_dir=runs_dir, log_every_n_steps=5)
     return module.run(replace(recipe, **of_recipe), replace(options, **settings))

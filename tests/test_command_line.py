@@ -5,7 +5,7 @@ from common.data import CIFAR10
 from common.messages import BadInput
 from common.parity import main as parity
 from common.recipes import RECIPES
-from common.runs import FILES
+from common.runs import FILES, versions
 from common.sidebyside import main as sidebyside
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SIDES, count, lessons, load_lesson
+from helpers import SIDES, be_alone, count, lessons, load_lesson
 
 GPU = torch.cuda.is_available()
 NOT_A_FOLDER = ROOT / "Makefile" / "folder"
@@ -188,7 +188,7 @@ def test_results_of_other_settings_data_or_code_are_not_reused(main_job, monkeyp
     from common.options import parse_options
 
     recipe, options = parse_options("cifar", main_job[1])
-    result = module._read("plain", recipe, options)
+    result = module.read_result("plain", recipe, options)
     assert module._is_of(result, "plain", recipe, options)
     assert not module._is_of(result, "plain", replace(recipe, lr=0.5), options)
     assert not module._is_of(result, "plain", recipe, replace(options, threads=2))
@@ -233,6 +233,8 @@ class InThisProcess:
         path = Path(command[1])
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(sys, "argv", [path.name, *command[2:]])
+            if path.stem == "parallel":
+                be_alone(monkeypatch)
             load_lesson(path.parent.name, path.stem).main()
 
     def wait(self):
@@ -243,10 +245,13 @@ def test_parity_of_all_lessons(tmp_path, monkeypatch, capsys):
     """`make parity`: every lesson from its command line to one table."""
     few = replace(RECIPES["finetune"], backbone="mobilenet_v3_small", weights="random")
     monkeypatch.setitem(RECIPES, "finetune", few)
+    versions()  # starts a process of its own, once
     monkeypatch.setattr(subprocess, "Popen", InThisProcess)
     arguments = ["--accelerator", "cpu", "--data", "shapes", "--max-epochs", "1",
                  "--limit-train-batches", "3", "--limit-val-batches", "1",
                  "--limit-test-batches", "1", "--runs-dir", str(tmp_path)]  # fmt: skip
+    # As torchrun's processes do: without it, the lesson parallel would start some.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert parity(arguments) == 0
     said = capsys.readouterr().out
     assert said.count("has not been run with these settings") == 2 * len(lessons())

@@ -104,4 +104,6 @@ def test_arguments_are_passed_on(fresh):
         ("parity", "-m common.parity"),
     ):
         said = make("--dry-run", target, "ARGS=--max-epochs 5", cwd=fresh).stdout
-        assert f"{command} --max-epochs 5" in said
+        assert f"{command} --max-epochs 5" in " ".join(said.split())
+    said = make("--dry-run", "plain-cifar", "DEVICES=2", "NODES=2", "RDZV=a:1", cwd=fresh).stdout
+    assert "plain/cifar.py --devices 2 --num-nodes 2 --rdzv-endpoint a:1" in said
