@@ -121,6 +121,8 @@ def run(recipe, options):
     L.seed_everything(recipe.seed, verbose=False)
     net = recipe.model()
     start = fingerprints(net.state_dict())
+    #: The Trainer does it too late: after it has loaded a checkpoint's weights, and rounded them.
+    net = net.double() if recipe.precision == "64-true" else net
     model = LitParallel(net, recipe, options.log_every_n_steps)
     trainer = make_parallel_trainer(recipe, options)
     start_process(trainer, model)

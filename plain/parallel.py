@@ -39,8 +39,6 @@ def start_process(recipe, options):
 
 
 def wrap(net, recipe, options, device):
-    if recipe.precision == "64-true":
-        net.double().register_forward_pre_hook(lambda net, images: (images[0].double(),))
     if recipe.sync_batchnorm:
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     if recipe.strategy == "dp":
@@ -117,6 +115,8 @@ def run(recipe, options):
     #: One process of each machine, which may have to download, then the others. One seed for all.
     one = replace(options, devices=1)
     data, device, net, start, *_ = processes.in_turn(prepare, recipe, one)
+    if recipe.precision == "64-true":
+        net.double().register_forward_pre_hook(lambda net, images: (images[0].double(),))
     #: The first process makes the folder and finds the checkpoint; the others hear of it.
     t = processes.Training(net, device, *processes.begin(recipe, options, data, "plain"))
     t.model = wrap(net, recipe, options, device)
