@@ -21,7 +21,7 @@ $(error there is no lesson for '$(UNKNOWN)'; there are: $(LESSONS))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup parity order predict test test-slow lint format lock clean FORCE
+.PHONY: help setup parity bench-parallel order predict test test-slow lint format lock clean FORCE
 
 help: ## print these lines
 	@echo "usage: make TARGET [ARGS=\"--max-epochs 5\"]"
@@ -44,6 +44,9 @@ parity-%: .venv/ready FORCE ## prove that both sides of NAME do the same; the sa
 
 parity-parallel: .venv/ready FORCE # also one process against several, and FSDP against DDP
 	@$(BIN)/python -m common.devices $(MACHINES) $(ARGS)
+
+bench-parallel: .venv/ready ## measure the steps of 1, 2 and 4 processes, and draw them
+	@$(BIN)/python -m bench.parallel $(ARGS)
 
 parity: .venv/ready ## prove it for every lesson, and print one table; only options that all have
 	@$(BIN)/python -m common.parity $(ARGS)

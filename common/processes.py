@@ -20,6 +20,8 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -44,6 +46,9 @@ if sys.platform == "linux":
 CARRY_ON = "carry on with the same options and --ckpt-path last"
 # Settings that may change when a run is carried on, if not its bits.
 FREE = ("devices", "num_nodes", "strategy", "threads")
+# Where the processes find what the one that started them has to tell: its number, and the name of a
+# file that is there as soon as any of this machine's processes have begun to train.
+STARTED_BY, BEGUN = "PARALLEL_STARTED_BY", "PARALLEL_BEGUN"
 LOST = 3  # how a process ends that lost another one: it is not the one to ask what happened
 
 
@@ -53,8 +58,7 @@ def command_line(lesson: str, run: Callable[[Any, Options], Run]) -> None:
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             _start(*parse_options(lesson))
             return
-        if sys.platform == "linux":  # PR_SET_PDEATHSIG: not to go on where torchrun is killed
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        _end_with(os.environ.get(STARTED_BY))
         if os.environ["RANK"] != "0":  # what all would print, the first one prints
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         try:
@@ -70,6 +74,14 @@ def command_line(lesson: str, run: Callable[[Any, Options], Run]) -> None:
                 LOST,
             ) from None
         dist.destroy_process_group()
+
+
+def _end_with(parent: str | None) -> None:
+    """Let the system end this process when torchrun, which started it, is killed; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if parent and os.getppid() != int(parent):  # it was killed before
+            sys.exit(1)
 
 
 def _start(recipe: Any, options: Options) -> None:
@@ -94,16 +106,18 @@ def _start(recipe: Any, options: Options) -> None:
             command += [name, f"{value}"]
     print("Starting: torchrun", shlex.join(command), flush=True)
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    os.environ |= {"OMP_NUM_THREADS": f"{options.threads}", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    os.environ |= {"OMP_NUM_THREADS": f"{options.threads}", STARTED_BY: f"{os.getpid()}"}
     # Each start gets a new store: torchrun's own would keep the addresses of processes that died.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
-        torchrun.run(torchrun.parse_args(command))
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ[BEGUN] = f"{folder}/begun"
+            torchrun.run(torchrun.parse_args(command))
     except ChildFailedError as error:
         raise _ended(error.failures, options.devices * recipe.num_nodes) from None
     except SignalException as error:
-        name, status = ("Ctrl-C", 130) if error.sigval == signal.SIGINT else ("SIGTERM", 143)
-        raise Stopped(f"Stopped by {name}; {CARRY_ON}.", status) from None
+        name = "Ctrl-C" if error.sigval == signal.SIGINT else error.sigval.name
+        raise Stopped(f"Stopped by {name}; {CARRY_ON}.", 128 + error.sigval) from None
     except RendezvousTimeoutError:
         raise Stopped(
             f"In {recipe.timeout} seconds not all of the {recipe.num_nodes} machines came to "
@@ -157,19 +171,40 @@ def _rendezvous(recipe: Any) -> tuple[str, list[str]]:
                 f"here ({error.strerror}); name the first of the machines."
             ) from None
         ours = probe.getsockname()[0]  # by which the other machines reach this one
-    if ours == address and not _is_free(address, int(port)):
-        try:  # another torchrun of the same training, on this machine
-            dist.TCPStore(address, int(port), timeout=timedelta(seconds=5))
-        except RuntimeError:
+    if ours != address:
+        if not _answers(address, int(port), recipe.timeout):
             raise BadInput(
-                f"the port {port} of --rdzv-endpoint is used by another program on this machine; "
-                "name another one."
-            ) from None
-    elif ours == address:
+                f"in {recipe.timeout} seconds no torchrun answered at --rdzv-endpoint "
+                f"{recipe.rdzv_endpoint}; start the training on that machine too, or name another "
+                "port, or more seconds by --timeout."
+            )
+    elif _is_free(address, int(port)):
         wait += ",is_host=1"
+    elif not _answers(address, int(port), 5):  # no torchrun of the same training
+        raise BadInput(
+            f"the port {port} of --rdzv-endpoint is used by another program on this machine; name "
+            "another one."
+        )
     options = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{port}"]
     options += ["--rdzv-id", recipe.lesson, "--rdzv-conf", wait, "--local-addr", ours]
     return ours, options
+
+
+def _answers(address: str, port: int, seconds: int) -> bool:
+    """Tell whether a torchrun answers there within these seconds.
+
+    In a thread of its own: TCPStore would wait for ever for a program that says nothing.
+    """
+    answers: list[Any] = []
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):
+            answers.append(dist.TCPStore(address, port, timeout=timedelta(seconds=seconds)))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
 
 
 def _is_free(address: str, port: int) -> bool:
@@ -184,15 +219,15 @@ def _is_free(address: str, port: int) -> bool:
 
 def _ended(failures: dict[int, ProcessFailure], world: int) -> Stopped:
     """Return the sentence about the processes of this machine that failed, by rank."""
-    for rank, failure in failures.items():
-        if failure.exitcode < 0:
-            return Stopped(
-                f"Process {rank} of {world} was ended by {failure.signal_name()}, and the others "
-                f"with it; what was saved until then is kept: {CARRY_ON}.",
-                1,
-            )
-    # A process that lost another one is the last to be asked.
-    rank, failure = min(failures.items(), key=lambda item: item[1].exitcode == LOST)
+    # Who lost another process, and whom torchrun itself then ended, are the last to be asked.
+    late = (LOST, -signal.SIGTERM)
+    rank, failure = min(failures.items(), key=lambda item: item[1].exitcode in late)
+    if failure.exitcode < 0:
+        return Stopped(
+            f"Process {rank} of {world} was ended by {failure.signal_name()}, and the others "
+            f"with it; what was saved until then is kept: {CARRY_ON}.",
+            1,
+        )
     if isinstance(failure.message, dict):
         status = 1 if failure.exitcode == LOST else failure.exitcode
         return Stopped(failure.message["message"].strip(), status)
@@ -230,16 +265,19 @@ def begin(
     """Return the settings of the run, its folder, and the checkpoint to carry on from, if any.
 
     The first process decides and makes the folder, the others hear of it; all must call. Where
-    torchrun started any of them again, all carry on from the last checkpoint.
+    torchrun started any of them again, all carry on from the last checkpoint. (It counts a restart
+    after a failure, but none because a machine came back; nor does it know whether the one before
+    had begun.)
 
     Raises BadInput, in all of them, with the first setting that is not the same everywhere, and
     where the checkpoint cannot be carried on from.
     """
     settings = config_of(recipe, options, data) | {"side": side}
     mine = settings | versions() | {"code": code_sha256(side)}
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    restarts, begun = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get(BEGUN)
+    again = Path(begun).exists() if begun else restarts != "0"
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), restarts, mine))
+    dist.all_gather_object(everyone, (socket.gethostname(), again, mine))
     first, _, ours = everyone[0]
     for rank, (machine, _, theirs) in enumerate(everyone):
         for name in sorted(ours.keys() | theirs.keys()):
@@ -249,13 +287,15 @@ def begin(
                     f"on {first}, and {theirs.get(name)!r} in process {rank} on {machine}; type "
                     "the same command on each machine."
                 )
-    if any(restarts for _, restarts, _ in everyone):
+    if any(again for _, again, _ in everyone):
         recipe = replace(recipe, ckpt_path="last")
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         found = [resume.begin(recipe, options, side, settings, FREE, best_too=False)]
     dist.broadcast_object_list(found)
     folder, path = found[0]
+    if begun:
+        Path(begun).touch()
     if path and not path.is_file():
         raise BadInput(
             f"process {dist.get_rank()} on {socket.gethostname()} does not see the checkpoint "
