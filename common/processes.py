@@ -179,7 +179,8 @@ def _rendezvous(recipe: Any) -> tuple[str, list[str]]:
                 "port, or more seconds by --timeout."
             )
     elif _is_free(address, int(port)):
-        wait += ",is_host=1"
+        if not address.startswith("127."):  # torchrun knows that address as this machine's
+            wait += ",is_host=1"
     elif not _answers(address, int(port), 5):  # no torchrun of the same training
         raise BadInput(
             f"the port {port} of --rdzv-endpoint is used by another program on this machine; name "
