@@ -49,12 +49,13 @@ class Parser(argparse.ArgumentParser):
 def clear_messages() -> Iterator[None]:
     """Say in one sentence what the user can mend, and leave with 2, or with 130 after Ctrl-C.
 
-    Also keeps Lightning's advertisements and notes off the screen, and eight warnings: two about
+    Also keeps Lightning's advertisements and notes off the screen, and nine warnings: two about
     how many processes should load data, which would cost more than our batches take; one about
     Lightning's own code; one that there are fewer steps than `--log-every-n-steps`; two that a
     run's folder, in which W&B has just begun to write, or that is carried on in, is not empty; and
     one that a loader cannot be resumed, because it has no state_dict: ours is told by `carry_on`;
-    and one that there is SLURM's `srun`, by which one process would not have to be started.
+    one that there is SLURM's `srun`, by which one process need not be started; and one that a run is
+    carried on in another folder.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -67,6 +68,7 @@ def clear_messages() -> Iterator[None]:
         "Checkpoint directory",
         "your dataloader is not resumable",
         "The `srun` command",
+        "The dirpath has changed",
     ):
         warnings.filterwarnings("ignore", f".*{text}")
     try:
