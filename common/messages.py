@@ -54,8 +54,8 @@ def clear_messages() -> Iterator[None]:
     Lightning's own code; one that there are fewer steps than `--log-every-n-steps`; two that a
     run's folder, in which W&B has just begun to write, or that is carried on in, is not empty; and
     one that a loader cannot be resumed, because it has no state_dict: ours is told by `carry_on`;
-    one that there is SLURM's `srun`, by which one process need not be started; and one that a run is
-    carried on in another folder.
+    one that there is SLURM's `srun`, by which one process need not be started; and one that a run
+    is carried on in another folder.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
