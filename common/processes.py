@@ -49,6 +49,7 @@ FREE = ("devices", "num_nodes", "strategy", "threads")
 # Where the processes find what the one that started them has to tell: its number, and the name of a
 # file that is there as soon as any of this machine's processes have begun to train.
 STARTED_BY, BEGUN = "PARALLEL_STARTED_BY", "PARALLEL_BEGUN"
+REFUSED = "refused"  # beside it: the sentence of a process that found bad input
 LOST = 3  # how a process ends that lost another one: it is not the one to ask what happened
 
 
@@ -63,6 +64,11 @@ def command_line(lesson: str, run: Callable[[Any, Options], Run]) -> None:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         try:
             finish(run(*parse_options(lesson)))
+        except BadInput as error:
+            if BEGUN in os.environ:  # torchrun shall not try again: it would be the same
+                Path(os.environ[BEGUN]).with_name(REFUSED).write_text(f"{error}")
+                os.kill(os.getppid(), signal.SIGTERM)
+            raise
         except RuntimeError as error:
             # torch.distributed's own errors, and those of gloo, which have no class of their own.
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
@@ -105,17 +111,23 @@ def _start(recipe: Any, options: Options) -> None:
         if not any(word.partition("=")[0] == name for word in sys.argv):
             command += [name, f"{value}"]
     print("Starting: torchrun", shlex.join(command), flush=True)
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable()  # what torchrun has to say is said below
     os.environ |= {"OMP_NUM_THREADS": f"{options.threads}", STARTED_BY: f"{os.getpid()}"}
     # Each start gets a new store: torchrun's own would keep the addresses of processes that died.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    refused: list[str] = []
     try:
         with tempfile.TemporaryDirectory() as folder:
             os.environ[BEGUN] = f"{folder}/begun"
-            torchrun.run(torchrun.parse_args(command))
+            try:
+                torchrun.run(torchrun.parse_args(command))
+            finally:
+                refused += [path.read_text() for path in Path(folder).glob(REFUSED)]
     except ChildFailedError as error:
         raise _ended(error.failures, options.devices * recipe.num_nodes) from None
     except SignalException as error:
+        if refused:
+            raise BadInput(refused[0]) from None
         name = "Ctrl-C" if error.sigval == signal.SIGINT else error.sigval.name
         raise Stopped(f"Stopped by {name}; {CARRY_ON}.", 128 + error.sigval) from None
     except RendezvousTimeoutError:
