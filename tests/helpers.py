@@ -26,6 +26,14 @@ def count(what: str, how_many: int = 1) -> None:
     COMPARED[what] = COMPARED.get(what, 0) + how_many
 
 
+def some(names, every: int = 4) -> list:
+    """Parameters of a test: each fourth is run by `make test`, the others by `make test-slow`."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] * (number % every > 0))
+        for number, name in enumerate(names)
+    ]
+
+
 def lessons() -> list[str]:
     """The names of all pairs; a script without its twin is an error."""
     names = [{path.stem for path in (ROOT / side).glob("*.py")} for side in SIDES]

@@ -21,7 +21,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SIDES, Noisy, count, load_lesson, small_data, train
+from helpers import SIDES, Noisy, count, load_lesson, small_data, some, train
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_parity import assert_same
@@ -165,7 +165,7 @@ ALONE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", some(ALONE))
 def test_each_option_alone_and_all_together(name, tmp_path, monkeypatch):
     common, option = ALONE[name]
     runs = pair(tmp_path, monkeypatch, **{**common, **option})
@@ -773,7 +773,7 @@ def with_scaler(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:You passed `Trainer")
-@pytest.mark.parametrize("name", WITH_SCALER)
+@pytest.mark.parametrize("name", some(WITH_SCALER))
 def test_one_change_around_the_scaler_is_found(name, with_scaler, tmp_path, monkeypatch):
     side, stage, *changes = WITH_SCALER[name]
     changed = run_side(side, tmp_path, monkeypatch, *changes, **HALF_ON).result()
@@ -1177,7 +1177,7 @@ def test_there_are_enough():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore:Found unsupported keys")
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", some(CHANGES))
 def test_one_change_is_found(name, unchanged, tmp_path, monkeypatch):
     side, stage, *changes = CHANGES[name]
     changed = run_side(side, tmp_path, monkeypatch, *changes, **EVERY).result()

@@ -13,9 +13,9 @@ from helpers import SIDES, Noisy, count, lessons, load_lesson, small_data, train
 STAGES = ["data", "start", "steps", "weights", "optimizer", "random", "metrics"]
 # 120 images: batches of 8 divide them, batches of 16 leave a last one of 8.
 GRID = list(itertools.product((0, 1, 2), (2, 3), (8, 16), ("sgd", "adam"), (1, 2)))
-# Those of the first lesson are all run by `make test`, an eighth of each other one's: the rest are
-# run by `make test-slow`. 7 has no factor in common with the grid: every value is among them.
-SOME = {lesson: GRID if lesson == "cifar" else GRID[::7] for lesson in lessons()}
+# Some are run by `make test`, all by `make test-slow`. 7 has no factor in common with the grid:
+# every value is among them.
+SOME = GRID[::7]
 
 
 # One optimizer step a batch, as in the other lessons; test_optimize.py accumulates.
@@ -56,13 +56,13 @@ def run_combinations(lesson, combinations, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("lesson", lessons())
 def test_combinations(lesson, tmp_path, monkeypatch):
-    assert len(GRID) == 48 and len(SOME[lesson]) in (7, 48)
-    assert all(len(set(values)) >= 2 for values in zip(*SOME[lesson], strict=True))
-    run_combinations(lesson, SOME[lesson], tmp_path, monkeypatch)
+    assert len(GRID) == 48 and len(SOME) == 7
+    assert all(len(set(values)) >= 2 for values in zip(*SOME, strict=True))
+    run_combinations(lesson, SOME, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lesson", sorted(set(lessons()) - {"cifar"}))
+@pytest.mark.parametrize("lesson", lessons())
 def test_every_combination(lesson, tmp_path, monkeypatch):
     run_combinations(lesson, GRID, tmp_path, monkeypatch)
 
