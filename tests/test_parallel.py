@@ -137,6 +137,7 @@ class Groups:
     def close(self):
         with self.server:  # closes its pipes, and waits for it
             os.killpg(self.server.pid, signal.SIGKILL)
+        shutil.rmtree(self.folder)  # hundreds of checkpoints
 
 
 @pytest.fixture(scope="module")
