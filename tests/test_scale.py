@@ -303,7 +303,8 @@ def test_options_that_cannot_be(options, said, capsys):
         ("--tables", "parallel.json' yet; measure first, without --tables"),
     ],
 )
-def test_what_cannot_be_measured(options, said, tmp_path):
+def test_what_cannot_be_measured(options, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "measure", None)
     with pytest.raises(BadInput, match=re.escape(said)):
         parallel.main([options, "--output", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ SIDE=${SIDE:-plain}
 RUNS_DIR=${RUNS_DIR:-runs/slurm-$SLURM_JOB_ID}
 
 # All machines meet at the first one. No two jobs there have the same port.
-mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 # Two minutes before its time is over, the job goes back into the queue; ten times at most.
@@ -29,11 +29,11 @@ if ((${SLURM_RESTART_COUNT:-0} < 10)); then
 fi
 
 # In the background: bash would keep the signal until srun has ended.
-srun --label --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+srun --label --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
   .venv/bin/python "$SIDE/parallel.py" \
   --devices "${SLURM_GPUS_ON_NODE:-2}" \
   --num-nodes "$SLURM_JOB_NUM_NODES" \
-  --rdzv-endpoint "${machines[0]}:$port" \
+  --rdzv-endpoint "$first:$port" \
   --max-restarts 3 \
   --ckpt-path last \
   --runs-dir "$RUNS_DIR" \
