@@ -49,7 +49,6 @@ FREE = ("devices", "num_nodes", "strategy", "threads")
 # Where the processes find what the one that started them has to tell: its number, and the name of a
 # file that is there as soon as any of this machine's processes have begun to train.
 STARTED_BY, BEGUN = "PARALLEL_STARTED_BY", "PARALLEL_BEGUN"
-REFUSED = "refused"  # beside it: the sentence of a process that found bad input
 LOST = 3  # how a process ends that lost another one: it is not the one to ask what happened
 
 
@@ -62,12 +61,16 @@ def command_line(lesson: str, run: Callable[[Any, Options], Run]) -> None:
         _end_with(os.environ.get(STARTED_BY))
         if os.environ["RANK"] != "0":  # what all would print, the first one prints
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        refused = Path(os.environ[BEGUN]).with_name("refused") if BEGUN in os.environ else None
+        if refused and refused.exists():  # torchrun tries again what the user must mend first
+            raise BadInput(refused.read_text())
         try:
             finish(run(*parse_options(lesson)))
         except BadInput as error:
-            if BEGUN in os.environ:  # torchrun shall not try again: it would be the same
-                Path(os.environ[BEGUN]).with_name(REFUSED).write_text(f"{error}")
-                os.kill(os.getppid(), signal.SIGTERM)
+            if refused:  # to be renamed in one go: all may refuse at the same moment
+                part = refused.with_suffix(f".{os.getpid()}")
+                part.write_text(f"{error}")
+                part.replace(refused)
             raise
         except RuntimeError as error:
             # torch.distributed's own errors, and those of gloo, which have no class of their own.
@@ -115,19 +118,13 @@ def _start(recipe: Any, options: Options) -> None:
     os.environ |= {"OMP_NUM_THREADS": f"{options.threads}", STARTED_BY: f"{os.getpid()}"}
     # Each start gets a new store: torchrun's own would keep the addresses of processes that died.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    refused: list[str] = []
     try:
         with tempfile.TemporaryDirectory() as folder:
             os.environ[BEGUN] = f"{folder}/begun"
-            try:
-                torchrun.run(torchrun.parse_args(command))
-            finally:
-                refused += [path.read_text() for path in Path(folder).glob(REFUSED)]
+            torchrun.run(torchrun.parse_args(command))
     except ChildFailedError as error:
         raise _ended(error.failures, options.devices * recipe.num_nodes) from None
     except SignalException as error:
-        if refused:
-            raise BadInput(refused[0]) from None
         name = "Ctrl-C" if error.sigval == signal.SIGINT else error.sigval.name
         raise Stopped(f"Stopped by {name}; {CARRY_ON}.", 128 + error.sigval) from None
     except RendezvousTimeoutError:
