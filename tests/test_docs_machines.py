@@ -137,6 +137,8 @@ def test_the_lesson_understands_slurms_command(side, submit, tmp_path, monkeypat
     count("command lines of clusters")
 
 
+# Slow: it waits for signals, which a busy machine delivers late.
+@pytest.mark.slow
 @pytest.mark.parametrize(("restarts", "again"), [("", True), ("9", True), ("10", False)])
 def test_a_job_whose_time_is_over_asks_for_another_one(restarts, again, submit):
     job = submit(stays=60, **({"SLURM_RESTART_COUNT": restarts} if restarts else {}))
