@@ -622,11 +622,10 @@ def test_no_machine_has_the_address(network):
 def test_another_program_at_the_meeting_point(network, mute):
     """Both machines say so, the one that has that program and the other."""
     place = network.place
-    program = ["-c", f"import socket, time; socket.create_server(('', {PORT})); time.sleep(999)"]
+    program = ["-m", "http.server", f"{PORT}"]
     if mute:
-        program[1] = program[1].replace("socket.create_server", "server = socket.create_server")
-    else:
-        program = ["-m", "http.server", f"{PORT}"]
+        code = f"import socket, time; s = socket.create_server(('', {PORT})); time.sleep(999)"
+        program = ["-c", code]
     server = place.start(sys.executable, *program, machine=network.one)
     time.sleep(2)
     one, two = network.train("plain", *SHORT, "--timeout", "10")

@@ -904,7 +904,7 @@ CHANGES = {
         "plain/parallel", "steps", GROUPED, ("if due or recipe", "if not due or recipe"),
     ),
     "a step after every batch": (
-        "lightning/parallel", "steps", GROUPED,
+        "lightning/parallel", "steps", NET | dict(accumulate_grad_batches=2),
         ("accumulate_grad_batches=recipe.accumulate_grad_batches", "accumulate_grad_batches=1"),
     ),
     "the optimizer before fully_shard": (
@@ -966,7 +966,7 @@ CHANGES = {
     ),
 }  # fmt: skip
 FEW = ("nothing is sent", "the loss not divided by the group", "each counts its own images",
-       "a step after every batch")  # fmt: skip
+       "a whole batch size")  # fmt: skip
 
 
 def test_the_changes_are_of_all_kinds():
