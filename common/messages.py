@@ -122,7 +122,8 @@ def one_sentence_during_imports() -> None:
         if not _after_ctrl_c(error):
             usual(kind, error, traceback)
             return
-        print(f"\n{STOPPED}", file=sys.stderr, flush=True)
+        if "TORCHELASTIC_ERROR_FILE" not in os.environ:  # else torchrun's own process says it
+            print(f"\n{STOPPED}", file=sys.stderr, flush=True)
         os._exit(130)
 
     sys.excepthook = hook

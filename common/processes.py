@@ -229,9 +229,15 @@ def _is_free(address: str, port: int) -> bool:
 
 def _ended(failures: dict[int, ProcessFailure], world: int) -> Stopped:
     """Return the sentence about the processes of this machine that failed, by rank."""
-    # Who lost another process, and whom torchrun itself then ended, are the last to be asked.
-    late = (LOST, -signal.SIGTERM)
-    rank, failure = min(failures.items(), key=lambda item: item[1].exitcode in late)
+    began = min(failure.timestamp for failure in failures.values())
+
+    def late(failure: ProcessFailure) -> int:
+        """Rank who lost another process, and last those whom torchrun itself then ended."""
+        # It sends SIGTERM, and SIGKILL after 30 seconds to those that do not listen.
+        unheard = failure.exitcode == -signal.SIGKILL and failure.timestamp > began + 20
+        return 2 if unheard or failure.exitcode == -signal.SIGTERM else failure.exitcode == LOST
+
+    rank, failure = min(failures.items(), key=lambda item: late(item[1]))
     if failure.exitcode < 0:
         return Stopped(
             f"Process {rank} of {world} was ended by {failure.signal_name()}, and the others "
