@@ -21,7 +21,7 @@ $(error there is no lesson for '$(UNKNOWN)'; there are: $(LESSONS))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup parity bench-parallel order predict test test-slow lint format lock clean FORCE
+.PHONY: help setup parity doctor controls pitfalls bench-parallel bench-trace order predict test test-slow lint format lock clean FORCE
 
 help: ## print these lines
 	@echo "usage: make TARGET [ARGS=\"--max-epochs 5\"]"
@@ -48,8 +48,22 @@ parity-parallel: .venv/ready FORCE # also one process against several, and FSDP 
 bench-parallel: .venv/ready ## measure the steps of 1, 2 and 4 processes, and draw them
 	@$(BIN)/python -m bench.parallel $(ARGS)
 
+bench-trace: .venv/ready ## measure what a trace costs
+	@$(BIN)/python -m bench.trace $(ARGS)
+
 parity: .venv/ready ## prove it for every lesson, and print one table; only options that all have
 	@$(BIN)/python -m common.parity $(ARGS)
+
+doctor: .venv/ready ## name the first difference of two traced runs: make doctor A=loop.trace B=port.trace
+	@test -n "$(A)" && test -n "$(B)" || { \
+		echo "error: doctor needs two traces: make doctor A=loop.trace B=port.trace; docs/doctor.md says how to make them" >&2; exit 2; }
+	@$(BIN)/python -m common.doctor "$(A)" "$(B)"
+
+controls: .venv/ready ## try the doctor on single changes and on equal runs; write the tables of docs/doctor.md
+	@$(BIN)/python tests/controls.py
+
+pitfalls: .venv/ready ## run the code of docs/pitfalls.md and docs/sameness.md, and write its numbers anew
+	@$(BIN)/python tests/pages.py
 
 diff-%: .venv/ready FORCE ## show both sides of NAME side by side; ARGS="--no-comments" leaves out the lesson
 	@$(BIN)/python -m common.sidebyside $* $(ARGS)

@@ -11,7 +11,7 @@ double precision it stays far too small for that, so that every step can be comp
 
 from common.messages import BadInput, clear_messages
 from common.options import parse_options
-from common.parity import Result, compare, read_result, run_if_needed, show
+from common.parity import Result, compare_results, read_result, run_if_needed, show
 
 import sys
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class Runs:
 def pair(runs: Runs, devices: int, kind: str, *more: str) -> tuple[Result, Row]:
     """Compare both sides bit for bit; return the plain side's result and the row."""
     a, b = runs.get(devices, kind, *more, sides=("plain", "lightning"))
-    comparison = compare(a, b)
+    comparison = compare_results(a, b)
     show(a, b, comparison)
     compared = sum(stage.compared for stage in comparison.stages)
     result = "equal, bit for bit" if comparison.agree else "DIFFERENT"

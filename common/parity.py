@@ -3,10 +3,14 @@
 `python -m common.parity LESSON [options]` runs whichever side has not been run with these options,
 compares the two results and prints a table. Without a lesson it does so for all of them, and ends
 with one table. Exit status 0: all agree; 1: they differ; 2: they cannot be compared.
+
+`compare` and `assert_parity` do the same for two traces of any code; they are in common.doctor.
 """
 
 from common import ROOT, SIDES, pretrained
 from common.data import is_here
+from common.doctor import assert_parity as assert_parity
+from common.doctor import compare as compare
 from common.messages import BadInput, clear_messages
 from common.options import Options, parse_options
 from common.recipes import RECIPES, Recipe
@@ -65,7 +69,7 @@ class Comparison:
         return self.first_difference is None
 
 
-def compare(a: Result, b: Result) -> Comparison:
+def compare_results(a: Result, b: Result) -> Comparison:
     """Compare two results stage by stage.
 
     Raises BadInput where they cannot be the same: other lesson, data, settings or versions.
@@ -231,7 +235,7 @@ def main(argv: list[str]) -> int:
             if status := run_if_needed(side, recipe, options, argv):
                 return status
         a, b = (read_result(side, recipe, options) for side in SIDES)
-        pairs.append((a, b, compare(a, b)))
+        pairs.append((a, b, compare_results(a, b)))
         show(*pairs[-1])
     if len(pairs) > 1:
         show_all(pairs)

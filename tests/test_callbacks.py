@@ -3,7 +3,7 @@
 from common import ROOT, checkpoints
 from common import options as options_module
 from common.options import Options
-from common.parity import compare
+from common.parity import compare_results
 from common.recipes import RECIPES
 from common.sidebyside import cells
 
@@ -113,7 +113,7 @@ def stopped(tmp_path_factory):
 def test_both_sides_stop_at_the_same_epoch(stopped):
     _, runs = stopped
     results = [runs[side].result() for side in SIDES]
-    assert compare(*results).agree
+    assert compare_results(*results).agree
     decisions = results[0]["decisions"]
     assert decisions["stopped by"].startswith("early stopping: no validation loss lower")
     assert decisions["epochs"] == len(results[0]["val_loss"]) < 12
@@ -216,7 +216,7 @@ def test_one_change_is_found(name, stopped, tmp_path, monkeypatch):
     side, stage, *changes = CHANGES[name]
     changed = train(side, tmp_path, monkeypatch, *changes, **STOPS).result()
     (other,) = set(SIDES) - {side}
-    comparison = compare(changed, stopped[1][other].result())
+    comparison = compare_results(changed, stopped[1][other].result())
     assert comparison.first_difference, f"{name} was not found"
     assert comparison.first_difference.name == stage, comparison.first_difference
     count("negative controls")

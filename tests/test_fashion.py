@@ -5,7 +5,7 @@ from common import data as data_module
 from common.data import Data, Images, eval_loader, load_data
 from common.models import MLP
 from common.options import Options
-from common.parity import compare
+from common.parity import compare_results
 from common.recipes import RECIPES
 from common.shapes import CLASSES, draw_grey_shapes
 from common.sidebyside import cells
@@ -112,7 +112,7 @@ def monkeypatch_for_all():
 def unchanged(tmp_path_factory, monkeypatch_for_all):
     folder = tmp_path_factory.mktemp("unchanged")
     runs = {side: train_fashion(side, folder, monkeypatch_for_all) for side in SIDES}
-    assert compare(runs["plain"].result(), runs["lightning"].result()).agree
+    assert compare_results(runs["plain"].result(), runs["lightning"].result()).agree
     return runs
 
 
@@ -405,7 +405,7 @@ def test_the_proof_holds_after_each_move(unchanged, tmp_path, monkeypatch):
     for move in moves():
         made += move
         run = train_fashion("plain", tmp_path, monkeypatch, *made)
-        comparison = compare(run.result(), unchanged["lightning"].result())
+        comparison = compare_results(run.result(), unchanged["lightning"].result())
         assert comparison.agree, comparison.first_difference
         count("moves after which both sides agree")
 
@@ -415,7 +415,7 @@ def test_one_change_is_found(name, unchanged, tmp_path, monkeypatch):
     side, stage, *changes = CHANGES[name]
     changed = train_fashion(side, tmp_path, monkeypatch, *changes).result()
     (other,) = set(SIDES) - {side}
-    comparison = compare(changed, unchanged[other].result())
+    comparison = compare_results(changed, unchanged[other].result())
     assert comparison.first_difference.name == stage, comparison.first_difference
     count("negative controls")
 

@@ -5,7 +5,7 @@ from common import data as data_module
 from common.messages import BadInput
 from common.models import Net, Transfer
 from common.options import Options, parse_options
-from common.parity import compare
+from common.parity import compare_results
 from common.predict import main as predict
 from common.pretrained import load_pretrained
 from common.recipes import RECIPES, FinetuneRecipe
@@ -141,7 +141,7 @@ def equal(a, b):
 def both(tmp_path, monkeypatch, **settings):
     """Train both sides; they must agree."""
     runs = [train(side, tmp_path, monkeypatch, lesson="finetune", **settings) for side in SIDES]
-    comparison = compare(*(run.result() for run in runs))
+    comparison = compare_results(*(run.result() for run in runs))
     assert comparison.agree, comparison.first_difference
     assert runs[0].weights() == runs[1].weights()  # weights.pt, byte for byte
     count("pairs of fine-tunings, bit for bit")
@@ -254,7 +254,7 @@ def unchanged(tmp_path_factory):
 def compare_changed(side, changes, unchanged, tmp_path, monkeypatch):
     changed = train(side, tmp_path, monkeypatch, *changes, lesson="finetune").result()
     (other,) = set(SIDES) - {side}
-    return compare(changed, unchanged[other]).first_difference
+    return compare_results(changed, unchanged[other]).first_difference
 
 
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")

@@ -4,7 +4,7 @@ Each change replaces lines of one script; what it does is what people forget or 
 """
 
 from common.messages import BadInput
-from common.parity import compare
+from common.parity import compare_results
 
 import copy
 
@@ -84,7 +84,7 @@ def unchanged(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         folder = tmp_path_factory.mktemp("unchanged")
         results = {side: train(side, folder, monkeypatch).result() for side in SIDES}
-    assert compare(results["plain"], results["lightning"]).agree
+    assert compare_results(results["plain"], results["lightning"]).agree
     return results
 
 
@@ -101,7 +101,7 @@ def test_one_change_is_found(name, unchanged, tmp_path, monkeypatch):
     side, stage, *changes = CHANGES[name]
     changed = train(side, tmp_path, monkeypatch, *changes).result()
     (other,) = set(SIDES) - {side}
-    comparison = compare(changed, unchanged[other])
+    comparison = compare_results(changed, unchanged[other])
     assert comparison.first_difference.name == stage, comparison.first_difference
     # What follows the first difference is not compared.
     after = [s.name for s in comparison.stages].index(stage) + 1
@@ -114,7 +114,7 @@ def test_other_pixels_are_found(unchanged, tmp_path, monkeypatch):
     data.train.images[7, 0, 0, 0] ^= 1
     changed = train("lightning", tmp_path, monkeypatch, data=data).result()
     data.train.images[7, 0, 0, 0] ^= 1  # the tensor is shared by all tests
-    difference = compare(unchanged["plain"], changed).first_difference
+    difference = compare_results(unchanged["plain"], changed).first_difference
     assert difference.name == "data" and "train images" in difference.difference
     count("negative controls")
 
@@ -123,28 +123,28 @@ def test_nothing_to_compare_is_a_failure(unchanged):
     for part in ("data", "start", "weights", "optimizer", "random"):
         a, b = (copy.deepcopy(unchanged[side]) for side in SIDES)
         a["fingerprints"][part] = b["fingerprints"][part] = {}
-        assert compare(a, b).first_difference.name == part
+        assert compare_results(a, b).first_difference.name == part
         count("negative controls")
     a, b = (copy.deepcopy(unchanged[side]) for side in SIDES)
     a["train_loss"] = b["train_loss"] = []
-    assert compare(a, b).first_difference.name == "steps"
+    assert compare_results(a, b).first_difference.name == "steps"
 
 
 def test_a_run_that_learned_nothing_does_not_agree(unchanged):
     a, b = (copy.deepcopy(unchanged[side]) for side in SIDES)
     a["train_loss"][3] = b["train_loss"][3] = None  # how result() says NaN
-    assert "nothing was learned" in compare(a, b).first_difference.difference
+    assert "nothing was learned" in compare_results(a, b).first_difference.difference
     a, b = (copy.deepcopy(unchanged[side]) for side in SIDES)
     for result in (a, b):
         result["fingerprints"]["weights"] = result["fingerprints"]["start"]
-    assert "nothing was trained" in compare(a, b).first_difference.difference
+    assert "nothing was trained" in compare_results(a, b).first_difference.difference
 
 
 def test_a_last_step_that_diverges_does_not_agree(unchanged):
     """Every training loss is a number, but the weights after the last step give none."""
     a, b = (copy.deepcopy(unchanged[side]) for side in SIDES)
     a["test_loss"] = b["test_loss"] = None
-    assert compare(a, b).first_difference.name == "metrics"
+    assert compare_results(a, b).first_difference.name == "metrics"
     count("negative controls")
 
 
@@ -153,7 +153,7 @@ def test_a_missing_name_is_found_on_either_side(unchanged):
         for side in SIDES:
             results = copy.deepcopy(unchanged)
             name, _ = results[side]["fingerprints"][part].popitem()
-            difference = compare(*(results[s] for s in SIDES)).first_difference
+            difference = compare_results(*(results[s] for s in SIDES)).first_difference
             assert difference.name == part and name in difference.difference
             count("negative controls")
 
@@ -174,7 +174,7 @@ def test_other_settings_are_refused_by_name(unchanged, path, value):
         part = part[name]
     part[path[-1]] = value
     with pytest.raises(BadInput, match=path[-1]):
-        compare(a, b)
+        compare_results(a, b)
     count("refusals")
 
 

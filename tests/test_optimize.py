@@ -4,7 +4,7 @@ from common import checkpoints
 from common.messages import BadInput, Stopped
 from common.models import NormNet
 from common.options import parse_options
-from common.parity import compare
+from common.parity import compare_results
 from common.runs import read_rows
 
 import functools
@@ -326,7 +326,7 @@ def recorded_pair(folder, monkeypatch, changes=None, **options):
         for side in SIDES
     ]
     (plain, ours), (lightning, theirs) = both
-    comparison = compare(plain.result(), lightning.result())
+    comparison = compare_results(plain.result(), lightning.result())
     assert comparison.agree, comparison.first_difference
     assert_same_rows(folder)
     assert len(ours.steps) == len(theirs.steps) > 0
@@ -532,7 +532,7 @@ def test_told_of_steps_and_moved_on_by_epochs_it_hardly_moves(tmp_path, monkeypa
         beside = run_side("lightning", tmp_path, monkeypatch, *BESIDE, **options)
     assert beside.weights() == wrong.weights()
     right = run_side("plain", tmp_path, monkeypatch, **options)
-    assert compare(right.result(), beside.result()).first_difference.name == "steps"
+    assert compare_results(right.result(), beside.result()).first_difference.name == "steps"
     rates = [row["train_lr"] for row in rows_of(tmp_path, "plain", "train_lr")]
     assert max(rates) == pytest.approx(0.02, rel=0.02) and rates[-1] < 0.02 / 1e5
     count("negative controls", 2)
@@ -716,7 +716,7 @@ def test_gradients_that_overflow_are_left_out(clip, tmp_path, monkeypatch):
         for side in SIDES
     ]
     results = [run.result() for run, _ in both]
-    assert compare(*results).agree, compare(*results).first_difference
+    assert compare_results(*results).agree, compare_results(*results).first_difference
     assert_same_rows(tmp_path)
     left_out = []
     for side, (_run, record) in zip(SIDES, both, strict=True):
@@ -778,7 +778,7 @@ def test_one_change_around_the_scaler_is_found(name, with_scaler, tmp_path, monk
     side, stage, *changes = WITH_SCALER[name]
     changed = run_side(side, tmp_path, monkeypatch, *changes, **HALF_ON).result()
     (other,) = set(SIDES) - {side}
-    first = compare(changed, with_scaler[other]).first_difference
+    first = compare_results(changed, with_scaler[other]).first_difference
     assert first.name == stage, first
     count("negative controls")
 
@@ -1182,6 +1182,6 @@ def test_one_change_is_found(name, unchanged, tmp_path, monkeypatch):
     side, stage, *changes = CHANGES[name]
     changed = run_side(side, tmp_path, monkeypatch, *changes, **EVERY).result()
     (other,) = set(SIDES) - {side}
-    comparison = compare(changed, unchanged[other])
+    comparison = compare_results(changed, unchanged[other])
     assert comparison.first_difference.name == stage, comparison.first_difference
     count("negative controls")

@@ -11,7 +11,7 @@ from common.data import Images
 from common.messages import BadInput, clear_messages
 from common.models import Net, NormNet
 from common.options import parse_options
-from common.parity import compare
+from common.parity import compare_results
 from common.recipes import RECIPES
 
 import contextlib
@@ -255,7 +255,7 @@ def watch(monkeypatch, seen, runs_dir):
 
 def assert_same(ours, theirs):
     """Assert that two runs have the same bits."""
-    comparison = compare(ours.result, theirs.result)
+    comparison = compare_results(ours.result, theirs.result)
     assert comparison.agree, comparison.first_difference
     assert [stage.name for stage in comparison.stages] == STAGES
     assert all(stage.compared > 0 for stage in comparison.stages)
@@ -504,7 +504,7 @@ def test_the_trainer_rounds_whole_batch_sizes_down(groups):
     change = ("batch_size=float(len(labels))", "batch_size=len(labels)")
     right = groups(4, "plain", **settings)[0].result
     wrong = groups(4, "lightning", sibling=("cifar", change), **settings)[0].result
-    assert compare(right, wrong).first_difference.name == "metrics"
+    assert compare_results(right, wrong).first_difference.name == "metrics"
     assert wrong["confusion_matrix"] == right["confusion_matrix"]
     assert wrong["test_loss"] == pytest.approx(right["test_loss"] * 130 / 128, rel=1e-6)
     count("negative controls in groups of processes")
@@ -675,7 +675,7 @@ def forget_the_generators(monkeypatch, seen):
 def test_a_generator_that_is_not_carried_on_is_found(groups, tmp_path):
     never_stopped, checkpoint = first_checkpoint(groups, tmp_path, 2, "plain", **UNEVEN)
     first, *_ = carried_on(groups, checkpoint, 2, "plain", **UNEVEN, patch=forget_the_generators)
-    difference = compare(first.result, never_stopped[0].result).first_difference
+    difference = compare_results(first.result, never_stopped[0].result).first_difference
     assert difference.name == "steps" and f"step {STEPS + 1}:" in difference.difference
     count("negative controls in groups of processes")
 
@@ -986,7 +986,7 @@ def test_one_change_is_found(name, groups):
         wrong = groups(2, side, *changes, **settings)[0]
     else:
         wrong = groups(2, side, **settings, sibling=(file, *changes))[0]
-    difference = compare(wrong.result, right.result).first_difference
+    difference = compare_results(wrong.result, right.result).first_difference
     assert difference and difference.name == stage, difference
     count("negative controls in groups of processes")
 

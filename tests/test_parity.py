@@ -1,7 +1,7 @@
 """Both sides reach the same bits, for every combination of what can change."""
 
 from common.models import Net
-from common.parity import compare
+from common.parity import compare_results
 
 import csv
 import itertools
@@ -28,7 +28,7 @@ def both(tmp_path, monkeypatch, lesson="cifar", **settings):
 
 
 def assert_same(plain, lightning, steps):
-    comparison = compare(plain.result(), lightning.result())
+    comparison = compare_results(plain.result(), lightning.result())
     assert comparison.agree, comparison.first_difference
     decisions = ["decisions"] * bool(plain.decisions)
     assert [stage.name for stage in comparison.stages] == STAGES + decisions

@@ -8,7 +8,7 @@ from common import data as data_module
 from common.data import EpochSampler, eval_loader, train_loader
 from common.messages import BadInput, clear_messages
 from common.options import Options
-from common.parity import compare
+from common.parity import compare_results
 from common.recipes import RECIPES
 
 import contextlib
@@ -294,7 +294,7 @@ def compared(ours, theirs):
     a, b = ours.result(), theirs.result()
     for name in a["hyperparameters"].keys() & set(resume.FREE):
         b["hyperparameters"][name] = a["hyperparameters"][name]
-    return compare(a, b)
+    return compare_results(a, b)
 
 
 def assert_same(ours, theirs):
@@ -1339,7 +1339,7 @@ def test_the_real_command_is_stopped(side, tmp_path):
         assert not (own / "result.json").exists()
         assert f", after step {int(step)}." in end(command(name, "--ckpt-path", "last"), 0)
         a, b = (json.loads((folder / "result.json").read_text()) for folder in (whole, own))
-        comparison = compare(a, b)
+        comparison = compare_results(a, b)
         assert comparison.agree and all(stage.compared for stage in comparison.stages)
         for file in ("weights.pt", "metrics.csv"):
             assert (own / file).read_bytes() == (whole / file).read_bytes()
@@ -1373,7 +1373,7 @@ def test_the_scale_of_the_loss_is_carried_on(tmp_path, monkeypatch):
     settings = SETTINGS | dict(precision="16-mixed")
     whole = {side: train(side, tmp_path / "whole", monkeypatch, HALF[side], **settings).result()
              for side in SIDES}  # fmt: skip
-    assert compare(*whole.values()).agree
+    assert compare_results(*whole.values()).agree
     scale = lambda path: checkpoints.read(path)["MixedPrecision"]["scale"]  # noqa: E731
     scales = [[scale(path) for path in files(tmp_path / "whole", side)] for side in SIDES]
     assert scales[0] == scales[1] and len(scales[0]) == 7
@@ -1384,10 +1384,10 @@ def test_the_scale_of_the_loss_is_carried_on(tmp_path, monkeypatch):
     for side, source in itertools.product(SIDES, SIDES):
         folder = tmp_path / f"{source}-{side}"
         run = train(side, folder, monkeypatch, HALF[side], ckpt_path=of[source], **settings)
-        assert compare(run.result(), whole[side]).agree
+        assert compare_results(run.result(), whole[side]).agree
         count("scalers carried on")
     for side in SIDES:
         changes = HALF[side], FORGOTTEN[side]
         run = train(side, tmp_path / "x", monkeypatch, *changes, ckpt_path=of[side], **settings)
-        assert compare(run.result(), whole[side]).first_difference.name == "steps"
+        assert compare_results(run.result(), whole[side]).first_difference.name == "steps"
         count("negative controls")

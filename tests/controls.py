@@ -1,0 +1,414 @@
+"""The doctor's negative controls: one change to one side, and what the diagnosis must say.
+
+`python tests/controls.py` runs all of them, and the equal pairs, and writes the tables of
+docs/doctor.md. tests/test_doctor.py runs the same (a part in `make test`, all in `make test-slow`).
+"""
+
+from common import ROOT
+from common.doctor import Diagnosis, compare
+from common.messages import clear_messages
+from common.trace import Trace
+
+import contextlib
+import functools
+import io
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import NOISY, SIDES, Noisy, lessons, train
+from torch import nn
+
+PAGE = ROOT / "docs" / "doctor.md"
+# The lesson `optimize` with little of it on: each control changes one thing.
+OPTIMIZE = dict(lesson="optimize", schedule="none", gradient_clip_val=0.0, ema_decay=0.0,
+                accumulate_grad_batches=1, label_smoothing=0.0)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Control:
+    """A change, the stage at which it must be found, and how the first cause must begin."""
+
+    side: str
+    stage: str
+    cause: str
+    changes: tuple[tuple[str, str], ...] = ()  # of the lesson's text
+    model: type[nn.Module] | None = None  # another network on that side
+    own: dict[str, Any] = field(default_factory=dict)  # settings of that side alone
+    settings: dict[str, Any] = field(default_factory=dict)  # of both
+
+
+def replaced(side: str, stage: str, cause: str, old: str, new: str, **settings) -> Control:
+    return Control(side, stage, cause, ((old, new),), settings=settings)
+
+
+class DrawnBetween(Noisy):
+    """The same network, with a random number drawn between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.rand(1)
+        self.head = nn.Linear(self.flattened, 10)
+
+
+class Drawn(Noisy):
+    """Its counterpart: the head is drawn twice, and nothing else is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(self.flattened, 10)
+
+
+class OtherInitialization(Noisy):
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.head.bias)
+        with torch.no_grad():
+            self.head.weight *= 4
+
+
+class MoreDropout(Noisy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone[4].p = 0.4
+
+
+class LeakyNoisy(Noisy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone[2] = nn.LeakyReLU(0.1)
+
+
+class ScaledNoisy(Noisy):
+    def forward(self, x):
+        return self.head(1.01 * self.backbone(x)).log_softmax(1)
+
+
+class DetachedNoisy(Noisy):
+    def forward(self, x):
+        return self.head(self.backbone(x).detach()).log_softmax(1)
+
+
+class FrozenNoisy(Noisy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone[0].requires_grad_(False)
+
+
+TO_DEVICE = "            images, labels = images.to(device), labels.to(device)\n"
+LOSS = "loss = F.cross_entropy(model(images), labels)"
+STEP = "            optimizer.step()\n"
+ADAM = dict(optimizer="adam", lr=0.002)
+
+CONTROLS: dict[str, Control] = {
+    "another seed": replaced(
+        "plain", "start", "Another seed",
+        "seed_everything(recipe.seed)", "seed_everything(recipe.seed + 1)"),
+    "a layer built before the network": replaced(
+        "lightning", "start", "Another seed, or random numbers drawn before",
+        "    net = recipe.model()", "    torch.nn.Linear(2, 2)\n    net = recipe.model()"),
+    "a number drawn between two layers": Control(
+        "plain", "start", "Random numbers drawn between", model=DrawnBetween,
+        settings=dict(model=Drawn)),
+    "another initialization": Control(
+        "plain", "start", "Another initialization", model=OtherInitialization),
+    "no set_epoch": replaced(
+        "plain", "batch", "set_epoch is missing in",
+        "        loader.sampler.set_epoch(epoch)\n", ""),
+    "another shuffle": replaced(
+        "plain", "batch", "Shuffled with another seed",
+        "loader.sampler.set_epoch(epoch)", "loader.sampler.set_epoch(epoch + 7)"),
+    "the first batch left out": replaced(
+        "plain", "batch", "A batch was left out",
+        "itertools.islice(loader, todo), f", "itertools.islice(loader, 1, todo), f"),
+    "another batch size": Control(
+        "plain", "batch", "Another batch size", own=dict(batch_size=12)),
+    "the short last batch dropped": replaced(
+        "plain", "batch", "The last batch of an epoch is dropped",
+        "batches = count_batches(len(loader), options.limit_train_batches)",
+        "batches = len(loader) - 1", batch_size=16),
+    "images not normalized": replaced(
+        "plain", "batch", "Another scaling", TO_DEVICE, TO_DEVICE + "            images = images"
+        " / 2 + 0.5\n"),
+    "images left at 0 to 255": replaced(
+        "plain", "batch", "Another scaling", TO_DEVICE, TO_DEVICE + "            images = (images"
+        " / 2 + 0.5) * 255\n"),
+    "normalized per channel on one side": replaced(
+        "plain", "batch", "Another scaling", TO_DEVICE, TO_DEVICE + "            images = (images"
+        " - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / 0.4\n"),
+    "images flipped": replaced(
+        "plain", "batch", "The same values in other places",
+        TO_DEVICE, TO_DEVICE + "            images = images.flip(3)\n"),
+    "colour channels exchanged": replaced(
+        "plain", "batch", "The same values in other places",
+        TO_DEVICE, TO_DEVICE + "            images = images.flip(1)\n"),
+    "noise on half of the images": replaced(
+        "plain", "batch", "Some samples are changed",
+        TO_DEVICE, TO_DEVICE + "            images[::2] += 0.1 * images[::2] ** 2\n"),
+    "no train() after validation": replaced(
+        "plain", "mode", "model.train() is missing", "        model.train()\n", ""),
+    "a part put into eval mode": replaced(
+        "plain", "mode", "A part of the network is frozen",
+        "        model.train()\n", "        model.train()\n        model.backbone[1].eval()\n"),
+    "no eval() before validation": replaced(
+        "plain", "weights", "model.eval() is missing", "    model.eval()\n", ""),
+    "a summary after the seed": replaced(
+        "lightning", "weights", "A forward pass in train mode",
+        "    model = LitClassifier(", "    summary(net, (3, 32, 32), device='cpu')\n"
+        "    model = LitClassifier("),
+    "weights clamped after each step": replaced(
+        "plain", "weights", "Weights were loaded, averaged or clamped", STEP,
+        STEP + "            with torch.no_grad():\n"
+        "                model.head.weight.clamp_(-0.04, 0.04)\n"),
+    "a random number drawn before training": replaced(
+        "plain", "random", "Random numbers",
+        "    for epoch in range(recipe.max_epochs):", "    torch.rand(1)\n"
+        "    for epoch in range(recipe.max_epochs):"),
+    "another dropout": Control(
+        "plain", "output", "A layer with another setting", model=MoreDropout),
+    "another activation": Control(
+        "plain", "output", "A layer with another setting", model=LeakyNoisy),
+    "a factor in forward": Control(
+        "plain", "output", "Another computation", model=ScaledNoisy),
+    "autocast on one side": Control(
+        "lightning", "output", "Another precision", own=dict(precision="bf16-mixed"),
+        settings=OPTIMIZE),
+    "sum instead of mean": replaced(
+        "plain", "loss", "reduction='sum'", LOSS,
+        "loss = F.cross_entropy(model(images), labels, reduction='sum')"),
+    "the loss divided by 4": replaced(
+        "plain", "loss", "The loss is divided by 4", LOSS, LOSS + " / 4"),
+    "label smoothing on one side": replaced(
+        "plain", "loss", "Another loss", LOSS,
+        "loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)"),
+    "softmax applied twice": replaced(
+        "plain", "loss", "Another loss", LOSS,
+        "loss = F.cross_entropy(model(images).softmax(1), labels)"),
+    "labels shifted by one": replaced(
+        "plain", "loss", "Other targets", LOSS,
+        "loss = F.cross_entropy(model(images), (labels + 1) % 10)"),
+    "one label wrong": replaced(
+        "plain", "loss", "Other targets", TO_DEVICE,
+        TO_DEVICE + "            labels[0] = (labels[0] + 3) % 10\n"),
+    "a layer frozen": Control("lightning", "gradient", "Frozen or detached", model=FrozenNoisy),
+    "a part detached": Control("plain", "gradient", "Frozen or detached", model=DetachedNoisy),
+    "a penalty on the weights": replaced(
+        "plain", "gradient", "A term of the loss", LOSS,
+        LOSS + " + 1e-3 * model.head.weight.square().sum()"),
+    "no zero_grad": replaced(
+        "plain", "clipping", "Left-over gradients", "            optimizer.zero_grad()\n", ""),
+    "gradients clipped by norm": replaced(
+        "plain", "clipping", "The gradients' norm is clipped", STEP,
+        "            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)\n" + STEP),
+    "gradients clipped by value": replaced(
+        "plain", "clipping", "The gradients' values are clipped", STEP,
+        "            torch.nn.utils.clip_grad_value_(model.parameters(), 0.001)\n" + STEP),
+    "gradients divided by 2": replaced(
+        "plain", "clipping", "The gradients are divided by 2", STEP,
+        "            [p.grad.div_(2) for p in model.parameters()]\n" + STEP),
+    "another limit for the norm": Control(
+        "lightning", "clipping", "The gradients' norm is clipped", own=dict(gradient_clip_val=0.05),
+        settings=OPTIMIZE | dict(gradient_clip_val=0.1)),
+    "another learning rate": replaced(
+        "plain", "update", "Another learning rate", "lr=recipe.lr, m", "lr=1.001 * recipe.lr, m"),
+    "weight decay on one side": replaced(
+        "lightning", "update", "Another weight decay", "momentum=self.recipe.momentum",
+        "momentum=self.recipe.momentum, weight_decay=1e-4"),
+    "no momentum": replaced(
+        "plain", "update", "Another setting of the optimizer: momentum",
+        "momentum=recipe.momentum", "momentum=0"),
+    "Nesterov's momentum": replaced(
+        "lightning", "update", "Another setting of the optimizer: nesterov",
+        "momentum=self.recipe.momentum", "momentum=self.recipe.momentum, nesterov=True"),
+    "AdamW for Adam": replaced(
+        "plain", "update", "Another optimizer", "torch.optim.Adam(", "torch.optim.AdamW(", **ADAM),
+    "another epsilon": replaced(
+        "plain", "update", "Another setting of the optimizer: eps", "torch.optim.Adam("
+        "model.parameters(), lr=recipe.lr)", "torch.optim.Adam(model.parameters(), lr=recipe.lr, "
+        "eps=1e-6)", **ADAM),
+    "the optimizer made anew in each epoch": replaced(
+        "plain", "update", "The optimizer was made anew", "        model.train()\n",
+        "        model.train()\n        optimizer = configure_optimizers(model, recipe)\n"),
+    "Adam made anew in each epoch": replaced(
+        "plain", "update", "The optimizer was made anew", "        model.train()\n",
+        "        model.train()\n        optimizer = configure_optimizers(model, recipe)\n", **ADAM),
+    "parameters not given to the optimizer": replaced(
+        "plain", "update", "Parameters that the optimizer was not given",
+        "torch.optim.SGD(model.parameters()", "torch.optim.SGD(model.head.parameters()"),
+    "weight decay for biases, too": replaced(
+        "plain", "update", "Other groups of parameters",
+        "        self.optimizer = make_optimizer(net, recipe)\n",
+        "        self.optimizer = torch.optim.SGD(net.parameters(), lr=recipe.lr,"
+        " momentum=recipe.momentum, weight_decay=recipe.weight_decay)\n", **OPTIMIZE),
+    "the schedule told of epochs": replaced(
+        "lightning", "update", "The schedule moves by step", 'else "epoch"\n',
+        'else "epoch"\n        interval = "epoch"\n',
+        **OPTIMIZE | dict(schedule="onecycle", max_epochs=3)),
+    "the schedule's entry forgotten": replaced(
+        "lightning", "update", "A schedule on one side only",
+        '        return {"optimizer": optimizer, "lr_scheduler": schedule}',
+        "        return optimizer", **OPTIMIZE | dict(schedule="cosine", interval="step")),
+    "the schedule before the step": Control(
+        "plain", "update", "The schedule moves before", (
+            ('        if recipe.moves_on == "step":\n            t.scheduler.step()\n', ""),
+            ("        t.scaler.step(t.optimizer)\n",
+             "        t.scheduler.step()\n        t.scaler.step(t.optimizer)\n"),
+        ), settings=OPTIMIZE | dict(schedule="cosine", interval="step")),
+    "another length of the schedule": replaced(
+        "lightning", "update", "Another schedule", "make_scheduler(optimizer, self.recipe, "
+        "self.steps)", "make_scheduler(optimizer, self.recipe, 2 * self.steps)",
+        **OPTIMIZE | dict(schedule="cosine", interval="step")),
+    "gradients accumulated on one side": Control(
+        "lightning", "loss", "Gradients of several batches", settings=OPTIMIZE,
+        own=dict(accumulate_grad_batches=2)),
+    "accumulated on one side, and not divided": Control(
+        "plain", "steps", "Gradients of several batches",
+        (("t.images, recipe) / group", "t.images, recipe)"),),
+        own=dict(accumulate_grad_batches=2), settings=OPTIMIZE),
+    "accumulated, but not divided": replaced(
+        "plain", "loss", "The loss is divided by 2", "t.images, recipe) / group",
+        "t.images, recipe)", **OPTIMIZE | dict(accumulate_grad_batches=2)),
+    "the last step taken twice": replaced(
+        "plain", "steps", "optimizer.step() is called", STEP,
+        STEP + "            if len(losses) + 1 == steps:\n                optimizer.step()\n"),
+    "one batch less": replaced(
+        "plain", "steps", "More epochs or batches", "recipe.max_epochs * batches if",
+        "recipe.max_epochs * batches - 1 if"),
+    "one epoch more": Control(
+        "lightning", "steps", "More epochs or batches", own=dict(max_epochs=3)),
+    "weights loaded after the training": replaced(
+        "plain", "weights", "Weights were loaded after the last step",
+        "    return torch.stack(losses).tolist(), val, loader.sampler.handed_out",
+        "    model.head.bias.data.zero_()\n"
+        "    return torch.stack(losses).tolist(), val, loader.sampler.handed_out"),
+}  # fmt: skip
+
+# Equal runs, of both sides of a lesson: the doctor must find nothing.
+EQUAL: list[dict[str, Any]] = [
+    *(dict(lesson=lesson) for lesson in lessons()),
+    *(dict(lesson="cifar", seed=seed) for seed in (1, 2, 3)),
+    dict(lesson="cifar", **ADAM),
+    dict(lesson="cifar", threads=2),
+    dict(lesson="fashion", threads=2, batch_size=64),
+    dict(lesson="cifar", batch_size=16, seed=4),
+    dict(lesson="cifar", max_epochs=3, limit_val_batches=1),
+    dict(lesson="resume", **ADAM),
+    dict(lesson="callbacks", **ADAM, threads=2),
+    dict(lesson="optimize", schedule="onecycle"),
+    dict(lesson="optimize", schedule="cosine", interval="step", gradient_clip_algorithm="value"),
+    dict(lesson="optimize", precision="bf16-mixed"),
+    dict(lesson="optimize", accumulate_grad_batches=4, exact_accumulation=True, seed=5),
+    dict(lesson="optimize", schedule="plateau", **ADAM),
+    dict(lesson="finetune", seed=6),
+]
+
+
+def trace(side: str, path: Path, monkeypatch, *changes, model=None, lesson="cifar", **settings):
+    """Train one side as `helpers.train` does, with a trace around it; nothing in it changes.
+
+    A lesson builds its network within `run`, so the trace begins there. One that a summary is
+    made of is built before: its trace is overwritten.
+    """
+    traces: list[Trace] = []
+    network = model or NOISY["fashionmnist" if lesson == "fashion" else "cifar10"]
+
+    def close():
+        for one in traces:
+            one.__exit__(None, None, None)
+        traces.clear()
+
+    @functools.wraps(network, updated=())
+    def build(*args, **kwargs):
+        close()
+        traces.append(Trace(network(*args, **kwargs), path=path).__enter__())
+        return traces[0].model
+
+    try:
+        run = train(side, path.with_suffix(""), monkeypatch, *changes, model=build, lesson=lesson,
+                    **settings)  # fmt: skip
+    finally:
+        close()
+    return run
+
+
+def diagnose(control: Control, folder: Path) -> Diagnosis:
+    """Trace both sides, of which one is changed, and compare: A is plain, B lightning."""
+    for side in SIDES:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            changed = side == control.side
+            settings = dict(control.settings) | (control.own if changed else {})
+            if changed and control.model:
+                settings["model"] = control.model
+            changes = control.changes if changed else ()
+            trace(side, folder / f"{side}.trace", monkeypatch, *changes, **settings)
+    return compare(folder / "plain.trace", folder / "lightning.trace")
+
+
+def equal(settings: dict[str, Any], folder: Path) -> Diagnosis:
+    for side in SIDES:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            trace(side, folder / f"{side}.trace", monkeypatch, **settings)
+    return compare(folder / "plain.trace", folder / "lightning.trace")
+
+
+def row(name: str, control: Control, diagnosis: Diagnosis) -> str:
+    """Return a line of the table: the change, the first difference, the verdict."""
+    more = f" and {diagnosis.others} more" if diagnosis.others else ""
+    first = f"step {diagnosis.step}, {diagnosis.stage}: {diagnosis.what}{more}"
+    right = diagnosis.stage == control.stage
+    named = bool(diagnosis.causes) and diagnosis.causes[0].name.startswith(control.cause)
+    cause = diagnosis.causes[0].name if diagnosis.causes else "none"
+    words = {True: "right", False: "**wrong**"}
+    return f"| {name} ({control.side}) | {first} | {cause} | {words[right]}, {words[named]} |"
+
+
+def tables() -> str:
+    """Run everything and return what docs/doctor.md shows."""
+    rows, alarms = [], []
+    for name, control in CONTROLS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(row(name, control, quietly(diagnose, control, Path(folder))))
+        print(rows[-1], flush=True)
+    for settings in EQUAL:
+        with tempfile.TemporaryDirectory() as folder:
+            diagnosis = quietly(equal, settings, Path(folder))
+        if not diagnosis.equal:
+            alarms.append(f"{settings}: {diagnosis}")
+        print(settings, "equal" if diagnosis.equal else diagnosis, flush=True)
+    stages = sum("| right, " in line for line in rows)
+    causes = sum(line.endswith(", right |") for line in rows)
+    return "\n".join([
+        "| change (side) | first difference | first cause named | stage, cause |",
+        "| --- | --- | --- | --- |", *rows, "",
+        f"{len(rows)} changes: the right stage for {stages}, the right cause first for {causes}. "
+        f"{len(EQUAL)} pairs of equal runs: {len(alarms)} false alarms.",
+    ])  # fmt: skip
+
+
+def quietly(function, *args):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return function(*args)
+
+
+def main() -> None:
+    # As torchrun does it. Else Lightning's DDP, in the lesson parallel, takes as many as there are
+    # cores: the doctor found it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    page, made = PAGE.read_text(), tables()
+    before, _, rest = page.partition("<!-- made by make controls -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    text = f"{before}<!-- made by make controls -->\n{made}\n{end}{after}"
+    temporary = PAGE.with_suffix(".part")
+    temporary.write_text(text)
+    temporary.replace(PAGE)
+    print(made.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    with clear_messages():
+        sys.exit(main())

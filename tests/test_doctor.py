@@ -1,0 +1,209 @@
+"""The doctor finds each single change where it is, names it, and finds nothing in equal runs."""
+
+from common import ROOT, doctor
+from common.doctor import STAGES, Diagnosis
+from common.messages import BadInput
+from common.parity import assert_parity, compare
+from common.trace import Trace
+
+import ast
+import re
+import subprocess
+import sys
+
+import controls
+import pytest
+import torch
+from helpers import count, some
+from test_trace import noisy, steps
+from torch import nn
+
+PAGE = controls.PAGE.read_text()
+TABLE = PAGE.partition("<!-- made by make controls -->\n")[2].partition("<!-- end -->")[0]
+
+
+def test_there_are_enough():
+    assert len(controls.CONTROLS) >= 25 and len(controls.EQUAL) >= 20
+    assert {control.stage for control in controls.CONTROLS.values()} == set(STAGES)
+    assert {control.side for control in controls.CONTROLS.values()} == {"plain", "lightning"}
+    lessons = {settings["lesson"] for settings in controls.EQUAL}
+    assert lessons == set(controls.lessons()) and len(lessons) >= 7
+
+
+@pytest.mark.parametrize("name", some(controls.CONTROLS))
+def test_one_change_is_diagnosed(name, tmp_path):
+    control = controls.CONTROLS[name]
+    diagnosis = controls.diagnose(control, tmp_path)
+    assert diagnosis.stage == control.stage, str(diagnosis)
+    assert diagnosis.causes[0].name.startswith(control.cause), str(diagnosis)
+    assert not diagnosis.rounding and len(str(diagnosis).splitlines()) <= 15
+    assert controls.row(name, control, diagnosis) in TABLE.splitlines()
+    count("controls diagnosed")
+
+
+@pytest.mark.parametrize("settings", some(controls.EQUAL), ids=str)
+def test_equal_runs_give_no_alarm(settings, tmp_path):
+    diagnosis = controls.equal(settings, tmp_path)
+    assert diagnosis.equal and diagnosis.steps >= 4, str(diagnosis)
+    count("equal runs without an alarm")
+
+
+def test_the_page_counts_what_its_table_shows():
+    rows = [line for line in TABLE.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == len(controls.CONTROLS)
+    for name, row in zip(controls.CONTROLS, rows, strict=True):
+        assert row.startswith(f"| {name} ({controls.CONTROLS[name].side}) |")
+    causes = sum(row.endswith(", right |") for row in rows)
+    assert all("| right, " in row for row in rows)
+    counted = f"{len(rows)} changes: the right stage for {len(rows)}, the right cause first for "
+    counted += f"{causes}. {len(controls.EQUAL)} pairs of equal runs: 0 false alarms."
+    assert causes >= 22 and counted in TABLE
+
+
+def traced(path, *, net=None, every=1, **changes):
+    net = net or noisy()
+    torch.manual_seed(1)
+    with Trace(net, path=path, every=every):
+        steps(net, **changes)
+    return path
+
+
+def test_a_change_that_no_list_has(tmp_path):
+    """Another momentum from step 100 on: the right step and stage, and not one step earlier."""
+    a = traced(tmp_path / "a.trace", number=120)
+    b = traced(tmp_path / "b.trace", number=120, at=100)
+    diagnosis = compare(a, b)
+    assert (diagnosis.step, diagnosis.stage) == (100, "update")
+    assert diagnosis.causes[0].name == "Another setting of the optimizer: momentum"
+    assert "momentum is 0.9 in A, 0.8 in B, in step 100." in str(diagnosis)
+
+
+def test_the_same_in_a_lesson(tmp_path, monkeypatch):
+    """The same on both sides of a lesson: from step 20 on, on Lightning's side."""
+    line = "        self.losses.append(loss.detach())\n"
+    change = (
+        line,
+        f"{line}        if len(self.losses) == 20:\n"
+        "            self.optimizers().param_groups[0]['momentum'] = 0.8\n",
+    )
+    for side, changes in (("plain", ()), ("lightning", (change,))):
+        controls.trace(side, tmp_path / f"{side}.trace", monkeypatch, *changes)
+    diagnosis = compare(tmp_path / "plain.trace", tmp_path / "lightning.trace")
+    assert (diagnosis.step, diagnosis.stage) == (20, "update")
+
+
+def test_a_thinned_trace_finds_it_within_its_distance(tmp_path):
+    a = traced(tmp_path / "a.trace", number=40, every=10)
+    b = traced(tmp_path / "b.trace", number=40, every=10, at=15)
+    diagnosis = compare(a, b)
+    assert diagnosis.step == 21
+
+
+def test_rounding_is_called_rounding(tmp_path):
+    """The images of a batch the other way about: the sums are the same, their order is not."""
+    wide = lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 300), nn.ReLU(), nn.Linear(300, 10))  # noqa: E731
+
+    class Turned(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x.flip(0)).flip(0).log_softmax(1)
+
+    class Straight(Turned):
+        def forward(self, x):
+            return self.net(x).log_softmax(1)
+
+    paths = []
+    for kind in (Straight, Turned):
+        torch.manual_seed(0)
+        paths.append(traced(tmp_path / f"{kind.__name__}.trace", net=kind(wide())))
+    diagnosis = compare(*paths)
+    assert not diagnosis.equal and diagnosis.rounding and diagnosis.size < 1e-5, str(diagnosis)
+    assert "docs/sameness.md" in str(diagnosis)
+
+
+def test_names_may_differ(tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = noisy()
+
+        def forward(self, x):
+            return self.inner(x)
+
+    a, b = traced(tmp_path / "a.trace"), traced(tmp_path / "b.trace", net=Wrapped())
+    diagnosis = compare(a, b)
+    assert diagnosis.equal and "paired in their order" in str(diagnosis)
+    b = traced(tmp_path / "b.trace", net=Wrapped(), at=2)
+    assert (compare(a, b).step, compare(a, b).stage) == (2, "update")
+
+
+def test_assert_parity_says_it_in_fifteen_lines(tmp_path):
+    a, b = traced(tmp_path / "a.trace"), traced(tmp_path / "b.trace", at=2)
+    assert_parity(a, a)
+    with pytest.raises(AssertionError) as failure:
+        assert_parity(a, b)
+    said = str(failure.value).splitlines()
+    assert len(said) <= 15
+    assert said[0] == (
+        "The runs differ from step 2 on, first in the step of the optimizer: "
+        "momentum of backbone.0.weight."
+    )
+
+
+def test_no_diagnosis_is_longer_than_fifteen_lines():
+    cause = doctor.Cause("name", "evidence", "page")
+    long = Diagnosis(9, "batch", 3, "what", 4, 0.1, False, (cause,) * 20, ("remark",) * 20)
+    assert len(str(long).splitlines()) == 15
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    a = traced(tmp_path / "a.trace")
+    with pytest.raises(BadInput, match="trace both with the same"):
+        compare(a, traced(tmp_path / "b.trace", every=2))
+    with pytest.raises(BadInput, match="holds no step"):
+        compare(a, traced(tmp_path / "c.trace", number=0))
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "common.doctor", *arguments],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_the_command(tmp_path):
+    a, b = traced(tmp_path / "a.trace"), traced(tmp_path / "b.trace", at=2)
+    for paths, status, said in (
+        ((a, a), 0, "The runs are equal, bit for bit: 3 steps."),
+        ((a, b), 1, "The runs differ from step 2 on"),
+        ((a, tmp_path / "none"), 2, "there is no trace"),
+    ):
+        ended = command(*map(str, paths))
+        assert ended.returncode == status and said in ended.stdout + ended.stderr
+        assert "Traceback" not in ended.stderr
+        count("statuses of the doctor")
+
+
+def test_every_page_that_a_cause_names_exists():
+    anchors = set(re.findall(r'<a id="([^"]+)">', (ROOT / "docs" / "pitfalls.md").read_text()))
+    calls = [
+        node
+        for node in ast.walk(ast.parse((ROOT / "common" / "causes.py").read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Cause"
+    ]
+    pages = [call.args[2].value for call in calls if len(call.args) == 3]
+    assert len(pages) >= 30 and set(pages) <= anchors
+    count("causes whose page exists", len(pages))
+
+
+def test_the_readme_says_what_the_pages_show():
+    readme = (ROOT / "README.md").read_text()
+    changes, pairs = len(controls.CONTROLS), len(controls.EQUAL)
+    assert f"Of {changes} single changes" in readme and f"; {pairs} pairs of equal\n" in readme
+    pitfalls = (ROOT / "docs" / "pitfalls.md").read_text()
+    assert f"{len(re.findall('<a id=', pitfalls))} runnable sections" in readme
+    shown = re.search(r"```\n(The runs differ .*?)```", readme, re.DOTALL)[1]
+    assert f"```text\n{shown}```" in (ROOT / "docs" / "migration.md").read_text()

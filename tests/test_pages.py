@@ -1,0 +1,120 @@
+"""The pages whose code runs print what they say. tests/pages.py runs it."""
+
+from common.messages import BadInput
+
+import platform
+import re
+
+import pages
+import pytest
+from helpers import count
+
+PITFALLS = pages.PAGES[0].read_text()
+ANCHORS = """
+    seed-and-layers order own-generator validation-and-order set-epoch steps mean-of-means scaling
+    augmentation split train-and-eval summary precision layer reduction loss targets zero-grad
+    accumulation clipping frozen learning-rate schedule weight-decay optimizer parameter-groups
+    batch-size-and-devices best-or-last f1-per-batch micro-or-macro train-loss
+    logits-or-probabilities log-every-n-steps guessed-batch-size checkpoint-keys sanity-check
+    inference-mode percent
+""".split()
+
+
+def with_code(page):
+    return [part for part in pages.sections(page) if pages.blocks(part, pages.preamble(page))]
+
+
+def cases():
+    for path in filter(lambda path: path.exists(), pages.PAGES):
+        page = path.read_text()
+        for section in with_code(page):
+            name = f"{path.stem}: {pages.title(section)}"
+            yield pytest.param(section, pages.preamble(page), path.stem, id=name)
+
+
+@pytest.mark.parametrize("section, preamble, page", list(cases()))
+def test_a_section_prints_what_its_page_says(section, preamble, page):
+    if page == "sameness" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the page was measured on an x86 processor; others add in other orders")
+    assert pages.run(section, preamble) == pages.printed(section)
+    count(f"{page} run", 1)
+
+
+def test_no_pitfall_is_missing():
+    anchors = re.findall(r'<a id="([^"]+)"></a>', PITFALLS)
+    assert len(anchors) == len(set(anchors)) == len(with_code(PITFALLS))
+    assert set(ANCHORS) <= set(anchors)
+    assert sum(anchor.startswith("belief-") for anchor in anchors) >= 4
+    assert len(with_code(PITFALLS)) >= 36
+    count("anchors of the pitfalls", len(anchors))
+
+
+def test_the_table_names_every_section_in_its_order():
+    headings = re.findall(r'<a id="([^"]+)"></a>\n## (\d+)\. (.+)', PITFALLS)
+    rows = re.findall(r"^\| (\d+) \| \[(.+)\]\(#([^)]+)\) \| \w+ \| .+ \|$", PITFALLS, re.MULTILINE)
+    assert [(anchor, number, name) for number, name, anchor in rows] == headings
+    assert [int(number) for number, _, _ in rows] == list(range(1, len(headings) + 1))
+
+
+def test_every_pitfall_says_where_it_was_seen():
+    for section in with_code(PITFALLS):
+        links = re.findall(r"\[([\w./-]+)#(\d+)\]\((https://github\.com/\S+)\)", section)
+        for repository, number, url in links:
+            assert re.fullmatch(rf".*{repository}/(issues|pull)/{number}", url), url
+        seen = re.search(r"^Seen in: \[", section, re.MULTILINE) and links
+        assert seen or "No public thread was found." in section, pages.title(section)
+        count("threads named", len(links))
+
+
+PAGE = """# A page
+```python
+number = 41
+```
+## 1. A sum
+```python
+number += 1
+```
+```python
+print(number)
+```
+```text
+42
+```
+## 2. The same names anew
+```python
+print(number)
+```
+```text
+41
+```
+"""
+
+
+def test_the_runner_notices_a_wrong_number():
+    section = with_code(PAGE)[0]
+    assert pages.run(section, pages.preamble(PAGE)) == pages.printed(section) == "42\n"
+    wrong = section.replace("42", "43")
+    assert pages.run(wrong, pages.preamble(PAGE)) != pages.printed(wrong)
+    pitfall = next(part for part in with_code(PITFALLS) if 'id="mean-of-means"' in part)
+    numbers = pages.printed(pitfall)
+    digit = re.search(r"\d(?=\n)", numbers)
+    other = str((int(digit[0]) + 1) % 10)
+    changed = numbers[: digit.start()] + other + numbers[digit.end() :]
+    wrong = pitfall.replace(numbers, changed)
+    assert pages.run(wrong, pages.preamble(PITFALLS)) == numbers != pages.printed(wrong) == changed
+
+
+def test_the_runner_writes_the_numbers_anew(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "page.md"
+    path.write_text(PAGE.replace("42", "43"))
+    monkeypatch.setattr(pages, "PAGES", [path, tmp_path / "absent.md"])
+    pages.main()
+    assert path.read_text() == PAGE and list(tmp_path.iterdir()) == [path]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "written anew" in lines[0] and "as before" in lines[1]
+
+
+def test_code_without_its_output_is_refused():
+    section = "## 3. Mute\n```python\nprint(1)\n```\n"
+    with pytest.raises(BadInput, match=r"'3\. Mute' needs one ```text block"):
+        pages.run(section, "")

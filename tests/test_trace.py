@@ -1,0 +1,284 @@
+"""A trace changes nothing in what it watches, and is whole or not there."""
+
+from common import trace as trace_module
+from common.doctor import compare
+from common.messages import BadInput
+from common.trace import Trace, callback, fingerprint, read
+
+import copy
+import gzip
+import io
+import json
+import math
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from controls import trace
+from helpers import SIDES, Noisy, count, train
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+IMAGES, LABELS = torch.randn(12, 3, 32, 32), torch.arange(12) % 10
+
+
+def steps(net, number=3, momentum=0.9, at=None, optimizer=None):
+    """Train by hand; from step `at` on with another momentum."""
+    optimizer = optimizer or torch.optim.SGD(net.parameters(), lr=0.02, momentum=momentum)
+    for step in range(1, number + 1):
+        if step == at:
+            optimizer.param_groups[0]["momentum"] = 0.8
+        optimizer.zero_grad()
+        F.nll_loss(net(IMAGES), LABELS).backward()
+        optimizer.step()
+
+
+def noisy():
+    torch.manual_seed(0)
+    return Noisy()
+
+
+def lines(path):
+    return [json.loads(line) for line in read(path)]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_run_reaches_the_same_bits_with_a_trace(side, tmp_path, monkeypatch):
+    bare = train(side, tmp_path, monkeypatch, lesson="optimize").result()
+    traced = trace(side, tmp_path / "it.trace", monkeypatch, lesson="optimize").result()
+    for part in ("train_loss", "fingerprints", "confusion_matrix", "val_loss"):
+        assert traced[part] == bare[part], part
+    assert len(lines(tmp_path / "it.trace")) - 2 == 16
+    count("runs with and without a trace")
+
+
+def test_what_a_trace_records(tmp_path):
+    net = noisy()
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+    with Trace(net, path=tmp_path / "it.trace"):
+        steps(net, 2)
+    head, first, second, end = lines(tmp_path / "it.trace")
+    assert head["start"].keys() == start.keys() and end == {"end": 2, "error": None, "weights": {}}
+    for name, value in start.items():
+        assert head["start"][name]["bits"] == fingerprint(value)["bits"]
+        assert second["weights"][name]["bits"] == fingerprint(net.state_dict()[name])["bits"]
+    [batch] = first["batches"]
+    assert batch["inputs"][0]["bits"] == fingerprint(IMAGES)["bits"] and len(batch["rows"]) == 12
+    assert list(batch["layers"]) == [f"backbone.{n}" for n in range(5)] + ["backbone", "head"]
+    assert batch["mode"] == "1" * len(head["modules"])
+    assert batch["loss"]["output 1"]["shape"] == [12, 10] and len(batch["loss_rows"]) == 12
+    assert first["groups"][0]["lr"] == 0.02 and first["groups"][0]["momentum"] == 0.9
+    assert first["between"] == {"same": True} and first["optimizer"] == "SGD"
+    for name, parameter in net.named_parameters():
+        assert second["used"][name]["bits"] == fingerprint(parameter.grad)["bits"]
+        assert f"{name}: momentum_buffer" in second["state"]
+
+
+def test_the_sketch_tells_how_far_tensors_are_apart():
+    torch.manual_seed(0)
+    off = []
+    for size in (3, 100, 1024, 5000, 100_000):
+        for _ in range(20):
+            a, d = torch.randn(size), torch.randn(size) * 1e-3
+            sketches = [torch.tensor(fingerprint(t)["sketch"]) for t in (a + d, a)]
+            off.append(((sketches[0] - sketches[1]).norm() / d.norm()).item())
+    assert 0.9 < sum(off) / len(off) < 1.1 and min(off) > 0.3 and max(off) < 2
+    assert fingerprint(a * 2)["norm"] == pytest.approx(2 * fingerprint(a)["norm"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
+)
+def test_every_type_has_a_fingerprint(dtype):
+    found = fingerprint(torch.arange(5).to(dtype))
+    assert found["dtype"] == str(dtype)[6:] and found["zeros"] == 1
+    assert fingerprint(torch.zeros(()))["shape"] == [] and fingerprint(torch.zeros(0))["norm"] == 0
+
+
+def test_every_thins_a_trace(tmp_path):
+    with Trace(noisy_net := noisy(), path=tmp_path / "it.trace", every=4):
+        steps(noisy_net, 10)
+    assert [line["step"] for line in lines(tmp_path / "it.trace")[1:-1]] == [1, 5, 9]
+    assert lines(tmp_path / "it.trace")[-1]["end"] == 10
+
+
+def test_a_network_can_be_copied_and_saved_while_it_is_traced(tmp_path):
+    net, file = noisy(), io.BytesIO()
+    with Trace(net, path=tmp_path / "it.trace"):
+        twin = copy.deepcopy(net)
+        torch.save(net, file)
+        steps(net)
+        twin(IMAGES)  # not recorded
+    file.seek(0)
+    saved = torch.load(file, weights_only=False)
+    assert saved.eval()(IMAGES).shape == (12, 10)
+    assert all(len(line["batches"]) == 1 for line in lines(tmp_path / "it.trace")[1:-1])
+
+
+def test_hooks_are_gone_afterwards(tmp_path):
+    net = noisy()
+    with Trace(net, path=tmp_path / "it.trace"):
+        steps(net)
+    before = (tmp_path / "it.trace").read_bytes()
+    steps(net)
+    assert (tmp_path / "it.trace").read_bytes() == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert not any(p._backward_hooks for p in net.parameters())
+
+
+def test_an_error_in_the_block_keeps_what_was_recorded(tmp_path):
+    net = noisy()
+    with pytest.raises(RuntimeError), Trace(net, path=tmp_path / "it.trace"):
+        steps(net, 2)
+        net(torch.zeros(1, 2))
+    *_, last, end = lines(tmp_path / "it.trace")
+    assert last["step"] == 2 and end["error"].startswith("RuntimeError")
+    assert [path.name for path in tmp_path.iterdir()] == ["it.trace"]
+
+
+class Unusual(nn.Module):
+    """Keyword arguments, several outputs, a layer that is called twice, one that is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, *, x, scale):
+        self.calls += 1
+        return {"twice": self.a(self.a(x)) * scale, "other": (self.b(x), None)}
+
+
+def test_unusual_networks(tmp_path):
+    torch.manual_seed(0)
+    net = Unusual()
+    x = torch.randn(5, 4)
+    with Trace(net, path=tmp_path / "it.trace"):
+        optimizer = torch.optim.AdamW(net.parameters())
+        for step in range(3):
+            if step == 2:
+                net.b.requires_grad_(True)
+            for part in x.chunk(2):
+                outputs = net(x=part, scale=torch.tensor(2.0))
+                (outputs["twice"].sum() + outputs["other"][0].sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            net(x=x, scale=torch.tensor(1.0))  # an evaluation that forgot no_grad
+    steps_ = lines(tmp_path / "it.trace")[1:-1]
+    assert [len(line["batches"]) for line in steps_] == [2, 2, 2]
+    assert [line["without_backward"] for line in steps_] == [0, 1, 1]
+    assert list(steps_[0]["batches"][0]["layers"]) == ["a", "a (call 2)", "b"]
+    assert [len(batch["inputs"]) for batch in steps_[0]["batches"]] == [2, 2]
+    assert "b.weight" not in steps_[0]["fresh"] and "b.weight" in steps_[2]["fresh"]
+    assert "calls" in steps_[0]["weights"]
+    assert compare(tmp_path / "it.trace", tmp_path / "it.trace").equal
+
+
+def test_one_of_two_optimizers(tmp_path):
+    net, other = noisy(), nn.Linear(2, 2)
+    mine = torch.optim.SGD(net.parameters(), lr=0.02)
+    yours = torch.optim.SGD([*net.parameters(), *other.parameters()], lr=0.02)
+    foreign = torch.optim.SGD(other.parameters(), lr=0.02)
+    for optimizer, number in ((None, 4), (mine, 2)):
+        with Trace(net, optimizer, path=tmp_path / "it.trace"):
+            for _ in range(2):
+                steps(net, 1, optimizer=mine)
+                steps(net, 1, optimizer=yours)
+                foreign.step()
+        assert lines(tmp_path / "it.trace")[-1]["end"] == number
+
+
+# Within the Trainer.
+
+
+class Lit(L.LightningModule):
+    def __init__(self, net, fails=False):
+        super().__init__()
+        self.net, self.fails, self.seen = net, fails, nn.CrossEntropyLoss()
+
+    def training_step(self, batch, batch_idx):
+        if self.fails and batch_idx == 2:
+            raise ArithmeticError("as asked")
+        return self.seen(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
+
+
+def trainer(callbacks, **more):
+    return L.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks, max_epochs=1,
+        **more,
+    )  # fmt: skip
+
+
+def test_the_callback_traces_as_the_block_does(tmp_path):
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), 4, generator=torch.Generator())
+    trainer([callback(L.Callback, tmp_path / "callback.trace")]).fit(Lit(noisy()), loader)
+    lit = Lit(noisy())
+    with Trace(lit.net, path=tmp_path / "block.trace"):
+        trainer([]).fit(lit, loader)
+    assert read(tmp_path / "callback.trace")[1:] == read(tmp_path / "block.trace")[1:]
+    assert len(lines(tmp_path / "block.trace")) == 5
+    assert set(lines(tmp_path / "block.trace")[0]["start"]) == set(noisy().state_dict())
+
+
+def test_the_callback_keeps_the_trace_of_a_training_that_fails(tmp_path):
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), 4)
+    with pytest.raises(ArithmeticError):
+        trainer([callback(L.Callback, tmp_path / "it.trace")]).fit(Lit(noisy(), True), loader)
+    end = lines(tmp_path / "it.trace")[-1]
+    assert end["end"] == 2 and end["error"] == "ArithmeticError: as asked"
+
+
+def test_it_serves_both_names_of_lightning(tmp_path):
+    import pytorch_lightning as pl
+
+    for base in (L.Callback, pl.Callback):
+        assert isinstance(callback(base, tmp_path / "it.trace"), base)
+
+
+# Bad input.
+
+
+def test_bad_arguments_are_refused_in_one_sentence(tmp_path):
+    for model in (nn.ReLU(), torch.zeros(2), None):
+        with pytest.raises(BadInput, match="give it the module"):
+            Trace(model, path=tmp_path / "it.trace")
+    for every in (0, -1, 1.5, "2"):
+        with pytest.raises(BadInput, match="every is"):
+            Trace(noisy(), path=tmp_path / "it.trace", every=every)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="name another path"):
+        Trace(noisy(), path=tmp_path / "file" / "it.trace").__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    count("refusals of a trace", 8)
+
+
+def test_what_is_no_trace_is_refused(tmp_path):
+    path = tmp_path / "it.trace"
+    with pytest.raises(BadInput, match="there is no trace"):
+        read(path)
+    (tmp_path / "it.trace.part").touch()
+    with pytest.raises(BadInput, match="the run was killed, or still goes on"):
+        read(path)
+    with Trace(net := noisy(), path=path):
+        steps(net, 1)
+    whole = path.read_bytes()
+    for content in (b"", b"text", gzip.compress(b"{}"), gzip.compress(b"[1]\n[2]"), whole[:-40]):
+        path.write_bytes(content)
+        with pytest.raises(BadInput, match="make it again"):
+            read(path)
+        count("refusals of a trace")
+    newer = [json.dumps({"trace": trace_module.FORMAT + 1}), json.dumps({"end": 0})]
+    path.write_bytes(gzip.compress("\n".join(newer).encode()))
+    with pytest.raises(BadInput, match="no trace of format"):
+        read(path)
+
+
+def test_numbers_that_are_not_finite_can_be_read_again(tmp_path):
+    with Trace(net := noisy(), path=tmp_path / "it.trace"):
+        steps(net, 3, optimizer=torch.optim.SGD(net.parameters(), lr=math.inf))
+    assert compare(tmp_path / "it.trace", tmp_path / "it.trace").equal
