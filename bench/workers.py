@@ -48,15 +48,15 @@ class Job(NamedTuple):
 
 
 @functools.cache
-def lesson(side: str) -> ModuleType:
-    """Import SIDE/parallel.py, once.
+def lesson(side: str, name: str = "parallel") -> ModuleType:
+    """Import SIDE/NAME.py, once.
 
     Both sides have modules of the same names: its siblings are forgotten afterwards.
     """
-    path = ROOT / side / "parallel.py"
+    path = ROOT / side / f"{name}.py"
     sys.path.insert(0, str(path.parent))
     try:
-        spec: Any = importlib.util.spec_from_file_location(f"{side}_parallel", path)
+        spec: Any = importlib.util.spec_from_file_location(f"{side}_{name}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
@@ -180,7 +180,7 @@ def work(rank: int, devices: int, port: int, pipe: Connection, data: Data) -> No
                 if rank == 0:
                     pipe.send(answer)
         except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            if not processes.is_lost(error):
                 raise
             os._exit(processes.LOST)
 

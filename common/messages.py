@@ -5,12 +5,14 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 STOPPED = "Stopped by Ctrl-C; what was written until now is kept."
@@ -114,12 +116,17 @@ def _after_ctrl_c(error: BaseException | None) -> bool:
 
 def one_sentence_during_imports() -> None:
     """Let Ctrl-C end with one sentence also before `main` runs: importing PyTorch takes seconds."""
-    usual = sys.excepthook
+    usual, interrupted = sys.excepthook, threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        # To be remembered: some imports swallow it, and then fail in another way.
+        interrupted.set()
+        signal.default_int_handler(number, frame)
 
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        if not _after_ctrl_c(error):
+        if not _after_ctrl_c(error) and not interrupted.is_set():
             usual(kind, error, traceback)
             return
         if "TORCHELASTIC_ERROR_FILE" not in os.environ:  # else torchrun's own process says it
@@ -127,3 +134,6 @@ def one_sentence_during_imports() -> None:
         os._exit(130)
 
     sys.excepthook = hook
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, interrupt)

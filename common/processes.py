@@ -73,8 +73,7 @@ def command_line(lesson: str, run: Callable[[Any, Options], Run]) -> None:
                 part.replace(refused)
             raise
         except RuntimeError as error:
-            # torch.distributed's own errors, and those of gloo, which have no class of their own.
-            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            if not is_lost(error):
                 raise
             said = str(error).splitlines()[0]
             raise Stopped(
@@ -83,6 +82,13 @@ def command_line(lesson: str, run: Callable[[Any, Options], Run]) -> None:
                 LOST,
             ) from None
         dist.destroy_process_group()
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Tell whether an error means that another process ended, or was not heard of."""
+    # torch.distributed's own errors, and those of gloo, which have no class of their own.
+    words = ("gloo", "pair closure", "closed by peer")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def _end_with(parent: str | None) -> None:
