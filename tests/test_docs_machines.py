@@ -402,7 +402,8 @@ def test_two_pods_meet(tmp_path):
             process.kill()
     assert [process.returncode for process in started] == [0, 0], ended
     result = json.loads((tmp_path / "runs/parallel/plain/result.json").read_text())
-    assert result["config"]["num_nodes"] == 2 and result["config"]["devices"] == 2
+    settings = result["hyperparameters"]
+    assert (settings["num_nodes"], settings["devices"]) == (2, 2)
     count("trainings of two pods")
 
 
