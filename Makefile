@@ -21,7 +21,7 @@ $(error there is no lesson for '$(UNKNOWN)'; there are: $(LESSONS))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup parity doctor controls pitfalls bench-parallel bench-trace order predict test test-slow lint format lock clean FORCE
+.PHONY: help setup parity doctor controls pitfalls bench bench-speed bench-parallel bench-trace order predict test test-slow lint format lock clean FORCE
 
 help: ## print these lines
 	@echo "usage: make TARGET [ARGS=\"--max-epochs 5\"]"
@@ -47,6 +47,12 @@ parity-parallel: .venv/ready FORCE # also one process against several, and FSDP 
 
 bench-parallel: .venv/ready ## measure the steps of 1, 2 and 4 processes, and draw them
 	@$(BIN)/python -m bench.parallel $(ARGS)
+
+bench: .venv/ready ## measure what the Trainer costs in a step, and what a loop can waste; ten minutes
+	@$(BIN)/python -m bench.overhead $(ARGS)
+
+bench-speed: .venv/ready ## hold speed against cifar for five seeds, and measure what each of its means gives
+	@$(BIN)/python -m bench.seeds $(ARGS)
 
 bench-trace: .venv/ready ## measure what a trace costs
 	@$(BIN)/python -m bench.trace $(ARGS)

@@ -1,12 +1,14 @@
-"""What both sides of the lesson `optimize` need: PyTorch's optimizers and schedules."""
+"""What both sides of `optimize` and `speed` need: optimizers and schedules."""
 
 from common.messages import Stopped
 from common.recipes import OptimizeRecipe
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
 
@@ -75,3 +77,84 @@ def diverged(what: str, step: int, loss: float, folder: Path) -> Stopped:
         "--lr, or a --gradient-clip-val.",
         status=1,
     )
+
+
+class Muon(Optimizer):
+    """Step the weights of hidden layers by Muon, and all else (biases, the last layer) by AdamW.
+
+    Muon (Keller Jordan and others, 2024, https://kellerjordan.github.io/posts/muon/) takes the
+    momentum of a weight matrix and brings all its singular values near 1: directions in which the
+    gradients are small count as much as the others. PyTorch's own torch.optim.Muon takes matrices
+    alone; here the weights of a convolution are one, [out, in * height * width].
+
+    `lr` is that of the matrices, the others have `lr` / 10. Weight decay is decoupled.
+    """
+
+    def __init__(
+        self, net: nn.Module, lr: float, momentum: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
+        hidden = [p for p in net.parameters() if p.ndim > 1 and p.requires_grad][:-1]
+        known = {id(p) for p in hidden}
+        others = [p for p in net.parameters() if id(p) not in known and p.requires_grad]
+        groups = [
+            {"params": hidden, "lr": lr, "muon": True},
+            {"params": others, "lr": lr / 10, "muon": False},
+        ]
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "betas": (0.9, 0.99),
+        }
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        # The Trainer hands forward and backward pass over as a closure.
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for group in self.param_groups:
+            step = self._muon if group["muon"] else self._adam
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    step(p, p.grad, group, self.state[p])
+        return loss
+
+    def _muon(self, p: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        mean = state.setdefault("momentum_buffer", torch.zeros_like(p))
+        mean.lerp_(grad, 1 - group["momentum"])
+        update = orthogonalized(grad.lerp(mean, group["momentum"]).flatten(1))  # Nesterov's
+        rows, columns = update.shape
+        p.add_(update.view_as(p), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def _adam(self, p: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        mean = state.setdefault("exp_avg", torch.zeros_like(p))
+        square = state.setdefault("exp_avg_sq", torch.zeros_like(p))
+        state["step"] = state.get("step", 0) + 1
+        first, second = group["betas"]
+        mean.lerp_(grad, 1 - first)
+        square.lerp_(grad.square(), 1 - second)
+        size = (square / (1 - second ** state["step"])).sqrt_().add_(1e-8)
+        p.addcdiv_(mean, size, value=-group["lr"] / (1 - first ** state["step"]))
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """Return a matrix [rows, columns] with the same singular vectors, and singular values near 1.
+
+    Three steps of Newton and Schulz's iteration, with Muon's coefficients, which climb fast and end
+    between 0.7 and 1.2, except for singular values that were next to nothing.
+    """
+    x = matrix / (matrix.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(3):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if tall else x
+
+
+def up_and_down(steps: int) -> Callable[[int], float]:
+    """Return by what the learning rate is multiplied in each step: up for a tenth, then down."""
+    up = max(1, steps // 10)
+    return lambda step: min((step + 1) / (up + 1), max(0, steps - step) / max(1, steps - up))

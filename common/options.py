@@ -173,7 +173,7 @@ def _parser(recipe: Recipe) -> Parser:
     momentum = f"momentum {recipe.momentum}" if recipe.momentum else "no momentum"
     add(
         "--optimizer",
-        choices=("sgd", "adam"),
+        choices=tuple(dict.fromkeys((recipe.optimizer, "sgd", "adam"))),
         default=recipe.optimizer,
         help=f"sgd has {momentum}",
     )
@@ -253,7 +253,7 @@ def _parser(recipe: Recipe) -> Parser:
     add(
         "--threads",
         type=_threads,
-        default="auto",
+        default=recipe.defaults.get("threads", "auto"),
         metavar="N",
         help="CPU threads for one operation; auto: 1 below batch size 128, else up to 8",
     )
@@ -271,7 +271,9 @@ def _add_own(add: Callable[..., Any], own: Field, default: Any) -> None:
     """Add the option that a lesson's own recipe declares, by `common.recipes.option`."""
     name, rule = "--" + own.name.replace("_", "-"), own.metadata
     if isinstance(default, bool):
-        add(name, action="store_true", default=default, help=rule["help"])
+        # What is on by default can be switched off, by --no-NAME.
+        action = argparse.BooleanOptionalAction if default else "store_true"
+        add(name, action=action, default=default, help=rule["help"])
     elif "choices" in rule:
         add(name, choices=rule["choices"], default=default, help=rule["help"])
     elif isinstance(default, str):

@@ -174,6 +174,28 @@ class ParallelRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeedRecipe(Recipe):
+    weight_decay: float = option(0.0, "pulls all parameters towards 0", at_least=0.0)
+    label_smoothing: float = option(
+        0.0, "of the training's targets; validation and test have none", at_least=0.0, at_most=1.0
+    )
+    flip: str = option(
+        "none",
+        "mirrored images: random, or in each epoch those that were not in the one before",
+        choices=("none", "random", "alternate"),
+    )
+    translate: int = option(0, "pixels by which an image is moved, at most", at_least=0)
+    channels_last: bool = option(True, "keep a pixel's channels next to each other in memory")
+    precision: str = option(
+        "32-true", "bf16-mixed: bfloat16 under autocast", choices=("32-true", "bf16-mixed")
+    )
+    freeze_at: float = option(
+        0.5, "share of the steps after which the first layer rests", at_least=0.0, at_most=1.0
+    )
+    compile: bool = option(False, "compile the network (torch.compile), which takes a while")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneRecipe(Recipe):
     backbone: str = option(
         "vgg16",
@@ -269,6 +291,19 @@ RECIPES: dict[str, Any] = {
         batch_size=32,
         max_epochs=2,
         defaults={"devices": 2},
+    ),
+    # 220 batches are less than two thirds of the training images, each seen once.
+    "speed": SpeedRecipe(
+        lesson="speed",
+        data="cifar10",
+        pixels="standard",
+        model=Net,
+        optimizer="muon",
+        lr=0.05,
+        momentum=0.9,
+        batch_size=128,
+        max_epochs=1,
+        defaults={"limit_train_batches": 220, "log_every_n_steps": 50, "threads": 1},
     ),
     # The backbone's learning rate is a tenth of `lr`, which is that of the new layer. A few images
     # are what one fine-tunes with, and what a processor manages with VGG16.

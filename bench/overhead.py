@@ -1,0 +1,555 @@
+"""Measure what the Trainer costs in each step, and what a loop can waste: `make bench`.
+
+Six ways to train the same network on the same images, in turns, in one process, for two networks
+and four batch sizes:
+
+floor     forward, backward and step, on batches that are already there
+plain     the lesson plain/cifar.py
+tutorial  the tutorial's own form: PIL images one by one, DataLoader's defaults, loss.item()
+bare      Lightning with barebones=True: no logger, no bar, no checkpoints
+lesson    the lesson lightning/cifar.py, with its logger and its bar
+defaults  Lightning with all its defaults: logger, bar, checkpoints, summary; self.log in each step
+
+Writes overhead.json, overhead.png and overhead.md into --output.
+"""
+
+from bench.parallel import machine_now, number, numbers
+from bench.ring import markdown
+from bench.workers import lesson
+from common import ROOT, runs
+from common.data import PIXELS, Data, Images, train_loader
+from common.messages import BadInput, Parser, clear_messages
+from common.models import DeepNet, Net
+from common.options import Options, default_threads
+from common.recipes import RECIPES, Recipe
+from common.runs import MetricsFile
+from common.shapes import CLASSES, draw_shapes
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import pty
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+WARM_UP = 3  # steps before the clock starts
+SECONDS = 0.5  # that the steps of one measurement shall take
+MODELS: dict[str, type[nn.Module]] = {"Net": Net, "DeepNet": DeepNet}
+WAYS = ("floor", "plain", "tutorial", "bare", "lesson", "defaults")
+COLORS = dict(
+    zip(WAYS, ("grey", "tab:blue", "tab:red", "gold", "tab:orange", "brown"), strict=True)
+)
+
+
+class Case(NamedTuple):
+    """One thing to measure."""
+
+    way: str
+    model: str
+    batch_size: int
+
+
+class Clock:
+    """Called after each optimizer step; takes the time of those after the warm-up."""
+
+    def __init__(self, steps: int) -> None:
+        self.last, self.done, self.began, self.ended = WARM_UP + steps, 0, 0.0, 0.0
+
+    def __call__(self, *_: Any) -> None:
+        self.done += 1
+        if self.done == WARM_UP:
+            self.began = time.perf_counter()
+        elif self.done == self.last:
+            self.ended = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        assert self.ended, f"{self.done} steps were made, and not {self.last}"
+        return (self.ended - self.began) / (self.last - WARM_UP)
+
+
+# The six ways. Each makes `steps` optimizer steps; the clock listens to the optimizer.
+
+
+def floor(recipe: Recipe, options: Options, data: Data, net: nn.Module, steps: int) -> None:
+    optimizer = lesson("plain", "cifar").configure_optimizers(net, recipe)
+    batch = next(iter(train_loader(data.train, recipe, options)))
+    for images, labels in [batch] * steps:
+        optimizer.zero_grad()
+        F.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+
+
+def plain(recipe: Recipe, options: Options, data: Data, net: nn.Module, steps: int) -> None:
+    module = lesson("plain", "cifar")
+    optimizer = module.configure_optimizers(net, recipe)
+    log = MetricsFile(options.runs_dir)
+    module.fit(net, optimizer, data, recipe, options, torch.device("cpu"), log)
+
+
+class PILImages(torch.utils.data.Dataset):
+    """As torchvision's CIFAR10 hands them out: each image through PIL and the transforms."""
+
+    def __init__(self, images: Images) -> None:
+        self.pixels, self.labels = images.images.permute(0, 2, 3, 1).numpy(), images.labels.tolist()
+        half = (0.5, 0.5, 0.5)
+        self.transform = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize(half, half)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+def tutorial(recipe: Recipe, options: Options, data: Data, net: nn.Module, steps: int) -> None:
+    loader = DataLoader(PILImages(data.train), batch_size=recipe.batch_size, shuffle=True)
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(net.parameters(), lr=recipe.lr, momentum=recipe.momentum)
+    running_loss = 0.0
+    for step, (inputs, labels) in enumerate(loader):
+        optimizer.zero_grad()
+        loss = criterion(net(inputs), labels)
+        loss.backward()
+        optimizer.step()
+        running_loss += loss.item()
+        if step + 1 == steps:
+            break
+
+
+class Small(L.LightningModule):
+    """The least that the Trainer needs; with log, what its documentation shows."""
+
+    def __init__(self, net: nn.Module, recipe: Recipe, log: bool) -> None:
+        super().__init__()
+        self.net, self.recipe, self.logs = net, recipe, log
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self.net(images), labels)
+        if self.logs:
+            self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), self.recipe.lr, self.recipe.momentum)
+
+
+def bare(recipe: Recipe, options: Options, data: Data, net: nn.Module, steps: int) -> None:
+    trainer = L.Trainer(barebones=True, max_steps=steps, accelerator="cpu", devices=1)
+    trainer.fit(Small(net, recipe, log=False), train_loader(data.train, recipe, options))
+
+
+def as_shipped(
+    recipe: Recipe, options: Options, data: Data, net: nn.Module, steps: int, **more: Any
+) -> None:
+    module = lesson("lightning", "cifar")
+    model = module.LitClassifier(net, recipe, options.log_every_n_steps)
+    trainer = module.make_trainer(recipe, options, options.runs_dir / "lightning", **more)
+    trainer.fit(model, module.ImageDataModule(data, recipe, options))
+
+
+def defaults(recipe: Recipe, options: Options, data: Data, net: nn.Module, steps: int) -> None:
+    # Where to, and how long, and on what: the rest is Lightning's own.
+    trainer = L.Trainer(
+        default_root_dir=options.runs_dir, max_steps=steps, accelerator="cpu", devices=1
+    )
+    trainer.fit(Small(net, recipe, log=True), train_loader(data.train, recipe, options))
+
+
+RUN: dict[str, Callable[..., None]] = {
+    "floor": floor, "plain": plain, "tutorial": tutorial, "bare": bare, "lesson": as_shipped,
+    "defaults": defaults,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[None]:
+    """Let what is printed go to a terminal that nobody sees: bars are drawn only on one."""
+    master, slave = pty.openpty()
+    threading.Thread(target=_drain, args=(master,), daemon=True).start()
+    with (
+        os.fdopen(slave, "w", buffering=1) as unseen,
+        contextlib.redirect_stdout(unseen),
+        contextlib.redirect_stderr(unseen),
+    ):
+        yield
+
+
+def _drain(master: int) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(master, 65536):
+            pass
+    os.close(master)
+
+
+def measure_one(case: Case, data: Data, steps: int, **more: Any) -> float:
+    """Return the seconds of one step."""
+    # As the lesson is shipped: batches, logging and threads are those of its command line.
+    recipe = replace(RECIPES["cifar"], batch_size=case.batch_size, max_epochs=1)
+    torch.set_num_threads(default_threads(case.batch_size))
+    torch.manual_seed(0)
+    net = MODELS[case.model]()
+    clock = Clock(steps)
+    hook = register_optimizer_step_post_hook(clock)
+    try:
+        with tempfile.TemporaryDirectory() as folder, terminal():
+            options = Options(
+                max_steps=WARM_UP + steps, limit_val_batches=0, accelerator="cpu",
+                log_every_n_steps=2000, runs_dir=Path(folder),
+                threads=default_threads(case.batch_size),
+            )  # fmt: skip
+            RUN[case.way](recipe, options, data, net, WARM_UP + steps, **more)
+    finally:
+        hook.remove()
+    return clock.seconds
+
+
+def measure(batch_sizes: list[int], rounds: int) -> dict[str, Any]:
+    """Return what overhead.json holds."""
+    machine = machine_now()
+    most = max(batch_sizes) * 12
+    images = Images(*draw_shapes(max(most, 4000), seed=1), PIXELS["signed"])
+    data = Data("shapes", CLASSES, images, images, images)
+    cases = [Case(way, model, size) for model in MODELS for size in batch_sizes for way in WAYS]
+    steps = {}
+    for case in cases:
+        if case.way == "floor":  # also a warm-up: kernels are chosen, memory is fetched
+            once = measure_one(case, data, 3)
+        fits = len(images) // case.batch_size - WARM_UP - 1  # in one epoch
+        steps[case] = max(3, min(int(SECONDS / once), fits, 200))
+    times: dict[Case, list[float]] = {case: [] for case in cases}
+    for turn in track(range(rounds), "measuring", disable=not sys.stdout.isatty()):
+        # Every other round the other way about: who comes first shall not matter.
+        for case in cases if turn % 2 == 0 else reversed(cases):
+            times[case].append(measure_one(case, data, steps[case]))
+    return {
+        "machine": machine,
+        "versions": runs.versions(),
+        "setting": {"rounds": rounds, "threads": {b: default_threads(b) for b in batch_sizes}},
+        "steps": [
+            {**case._asdict(), "count": steps[case], "seconds": times[case]} for case in cases
+        ],
+        "profile": profile(data, rounds),
+        "start": [start(side) for side in ("plain", "lightning")],
+    }
+
+
+# Where the lesson's extra time goes, with batches of four.
+
+
+class Watch:
+    """Adds up the time within some of the Trainer's functions; inner ones count for themselves."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.inside: list[float] = []
+
+    def around(self, owner: Any, name: str, what: str) -> Callable[[], None]:
+        """Put a clock around a method; return what takes it away."""
+        usual = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.inside.append(0.0)
+            began = time.perf_counter()
+            try:
+                return usual(*args, **kwargs)
+            finally:
+                took = time.perf_counter() - began
+                own = took - self.inside.pop()
+                self.seconds[what] = self.seconds.get(what, 0.0) + own
+                if self.inside:
+                    self.inside[-1] += took
+
+        setattr(owner, name, timed)
+        return lambda: setattr(owner, name, usual)
+
+
+def profile(data: Data, rounds: int) -> dict[str, Any]:
+    """Return the seconds of a step of the lesson, by what they go to, with batches of four."""
+    from lightning.pytorch import callbacks, loops, trainer
+    from lightning.pytorch.loops import fetchers
+    from lightning.pytorch.trainer.connectors.logger_connector import logger_connector
+
+    calls, connector = trainer.call, logger_connector._LoggerConnector
+    automatic = loops.optimization.automatic._AutomaticOptimization
+    module = lesson("lightning", "cifar")
+    watched = [
+        (L.LightningModule, "log", "logging: self.log"),
+        (connector, "on_batch_start", "logging: around it"),
+        (connector, "on_batch_end", "logging: around it"),
+        (connector, "update_train_step_metrics", "logging: around it"),
+        (callbacks.TQDMProgressBar, "on_train_batch_start", "the bar"),
+        (callbacks.TQDMProgressBar, "on_train_batch_end", "the bar"),
+        (fetchers._PrefetchDataFetcher, "__next__", "fetching a batch"),
+        (calls, "_call_callback_hooks", "hooks: calling those of callbacks"),
+        (calls, "_call_lightning_module_hook", "hooks: calling those of the module"),
+        (calls, "_call_strategy_hook", "hooks: calling those of the strategy"),
+        (automatic, "run", "optimizer: closure, precision, progress"),
+        (L.LightningModule, "backward", "backward pass"),
+        (module.LitClassifier, "training_step", "training_step, the lesson's own"),
+        (torch.optim.SGD, "zero_grad", "zero_grad"),
+        (torch.optim.SGD, "step", "the update itself"),
+    ]  # fmt: skip
+    case, steps = Case("lesson", "Net", 4), 300
+    whole = [measure_one(case, data, steps) for _ in range(rounds)]
+    watch = Watch()
+    undo = [watch.around(*each) for each in watched]
+    try:
+        timed = [measure_one(case, data, steps) for _ in range(rounds)]
+    finally:
+        for each in reversed(undo):
+            each()
+    made = rounds * (steps + WARM_UP)
+    without = {
+        "without the bar": dict(enable_progress_bar=False, callbacks=[]),
+        "without the logger": dict(logger=False),
+    }
+    return {
+        "case": case._asdict(),
+        "seconds": median(whole),
+        "seconds_while_watched": median(timed),
+        "parts": {what: seconds / made for what, seconds in watch.seconds.items()},
+        "without": {
+            what: median(without_(case, data, steps, more) for _ in range(rounds))
+            for what, more in without.items()
+        },
+    }
+
+
+def without_(case: Case, data: Data, steps: int, more: dict[str, Any]) -> float:
+    """Return the seconds of a step of the lesson with other arguments of the Trainer."""
+    usual = L.Trainer
+
+    def changed(**arguments: Any) -> Any:
+        return usual(**(arguments | more))
+
+    module = lesson("lightning", "cifar")
+    module.L.Trainer = changed
+    try:
+        return measure_one(case, data, steps)
+    finally:
+        module.L.Trainer = usual
+
+
+def start(side: str) -> dict[str, Any]:
+    """Start a side of the lesson for one step; return seconds until its end, and its memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / side / "cifar.py"), "--data", "shapes"]
+        command += ["--runs-dir", folder, "--max-steps", "1", "--limit-test-batches", "1"]
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, _, usage = os.wait4(process.pid, 0)
+        took = time.perf_counter() - began
+    imports = "import lightning" if side == "lightning" else "import torch"
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", imports], check=True)
+    return {
+        "side": side, "import": time.perf_counter() - began, "one_step": took,
+        "peak_memory": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    }  # fmt: skip
+
+
+# What is shown.
+
+
+def ratios(found: dict[str, Any], way: str, to: str, model: str, batch_size: int) -> list[float]:
+    """Return the ratio of two ways in each round."""
+    times = {
+        row["way"]: row["seconds"]
+        for row in found["steps"]
+        if (row["model"], row["batch_size"]) == (model, batch_size)
+    }
+    return [ours / theirs for ours, theirs in zip(times[way], times[to], strict=True)]
+
+
+def step_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Return the table: milliseconds of the floor, and each way's ratio to it."""
+    rows = [["network", "batch", "floor", *(way for way in WAYS if way != "floor")]]
+    for row in found["steps"]:
+        if row["way"] == "floor":
+            cells = [row["model"], f"{row['batch_size']}", f"{1e3 * median(row['seconds']):.2f} ms"]
+            for way in WAYS[1:]:
+                r = ratios(found, way, "floor", row["model"], row["batch_size"])
+                cells.append(f"{median(r):.2f} ({min(r):.2f} to {max(r):.2f})")
+            rows.append(cells)
+    return rows
+
+
+GOALS = (
+    # what, way, to, batch size, whether it must be at most (or at least) the bound
+    ("plain / floor", "plain", "floor", 128, "at most", 1.05),
+    ("plain / floor", "plain", "floor", 4, "at most", 1.20),
+    ("lesson / plain", "lesson", "plain", 128, "at most", 1.05),
+    ("lesson / plain", "lesson", "plain", 4, "at most", 1.50),
+    ("tutorial / plain", "tutorial", "plain", 4, "at least", 1.4),
+    ("tutorial / plain", "tutorial", "plain", 128, "at least", 2.5),
+    ("bare / plain", "bare", "plain", 4, "", 0.0),
+    ("defaults / plain", "defaults", "plain", 4, "", 0.0),
+)
+
+
+def goal_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Return the ratios that the project has set itself, for Net."""
+    rows = [["ratio", "batch", "measured, median of the rounds", "aim", ""]]
+    sizes = {row["batch_size"] for row in found["steps"]}
+    for what, way, to, batch_size, word, bound in GOALS:
+        if batch_size not in sizes:
+            continue
+        r = ratios(found, way, to, "Net", batch_size)
+        kept = median(r) <= bound if word == "at most" else median(r) >= bound
+        verdict = "" if not word else "reached" if kept else "not reached"
+        aim = f"{word} {bound:g}" if word else ""
+        cells = [what, f"{batch_size}", f"{median(r):.2f} ({min(r):.2f} to {max(r):.2f})", aim]
+        rows.append([*cells, verdict])
+    return rows
+
+
+def profile_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Return where a step of the lesson goes, with batches of four."""
+    p = found["profile"]
+    rows = [["part of a step of the lesson, Net, batch of 4", "µs"]]
+    rows += [
+        [what, f"{1e6 * seconds:.0f}"]
+        for what, seconds in sorted(p["parts"].items(), key=lambda item: -item[1])
+    ]
+    rest = p["seconds_while_watched"] - sum(p["parts"].values())
+    rows.append(
+        ["the rest of the loop: counting, checking, asking who is due", f"{1e6 * rest:.0f}"]
+    )
+    rows.append(["all, while it is watched", f"{1e6 * p['seconds_while_watched']:.0f}"])
+    rows.append(["all, unwatched", f"{1e6 * p['seconds']:.0f}"])
+    rows += [[f"all, unwatched, {what}", f"{1e6 * s:.0f}"] for what, s in p["without"].items()]
+    return rows
+
+
+def start_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Return what a start takes."""
+    rows = [["side", "import of its library", "the whole command, for one step", "peak memory"]]
+    for row in found["start"]:
+        memory = f"{row['peak_memory'] / 1e6:,.0f} MB"
+        rows.append([row["side"], f"{row['import']:.1f} s", f"{row['one_step']:.1f} s", memory])
+    return rows
+
+
+def draw(found: dict[str, Any]) -> Figure:
+    """Draw each way's ratio to the floor, by batch size, a panel for each network."""
+    sizes = sorted({row["batch_size"] for row in found["steps"]})
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for panel, model in zip(figure.subplots(1, len(MODELS)), MODELS, strict=True):
+        for way in WAYS[1:]:
+            every = [ratios(found, way, "floor", model, size) for size in sizes]
+            middle = [median(r) for r in every]
+            spread = [
+                [m - min(r) for m, r in zip(middle, every, strict=True)],
+                [max(r) - m for m, r in zip(middle, every, strict=True)],
+            ]
+            panel.errorbar(range(len(sizes)), middle, spread, label=way, color=COLORS[way],
+                           marker="o", capsize=3)  # fmt: skip
+        panel.axhline(1, color=COLORS["floor"], linestyle="--", label="floor")
+        panel.set_yscale("log")
+        panel.set_yticks([1, 1.5, 2, 3, 5, 8], ["1", "1.5", "2", "3", "5", "8"])
+        panel.minorticks_off()
+        panel.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        panel.set(title=model, xlabel="images in a batch", ylabel="time of a step / floor")
+    panel.legend(fontsize="small")
+    return figure
+
+
+def made_on(found: dict[str, Any]) -> str:
+    """Say in a paragraph what was measured, where, and what was equalised."""
+    m, v = found["machine"], found["versions"]
+    threads = ", ".join(f"{n} for {b}" for b, n in found["setting"]["threads"].items())
+    return (
+        f"Measured on {m['cpu']}, {m['cores']} cores, load {m['load_average_at_start']} before it "
+        f"began; Python {v['python']}, torch {v['torch']}, lightning {v['lightning']}. Median of "
+        f"{found['setting']['rounds']} rounds, in brackets the least and the most; ratios within a "
+        "round, all ways in turns in one process. The same for all: network and initial weights, "
+        "SGD with momentum, batch size, the built-in shapes as bytes in memory (the tutorial's "
+        "form makes PIL images of them), one process, no workers, no validation, a terminal for "
+        f"the bars. Threads by batch, as the lesson takes them: {threads}."
+    )
+
+
+def write(found: dict[str, Any], output: Path) -> None:
+    """Write overhead.json, overhead.png and overhead.md, and print the tables."""
+    texts = [made_on(found)]
+    for title, rows in (
+        ("Time of a step, relative to the floor", step_rows(found)),
+        ("What the project has set itself, for Net", goal_rows(found)),
+        ("Where the lesson's time goes", profile_rows(found)),
+        ("Starting", start_rows(found)),
+    ):
+        table = Table(*rows[0], title=title, title_justify="left")
+        for row in rows[1:]:
+            table.add_row(*row)
+        Console(width=None if sys.stdout.isatty() else 140).print(table)
+        texts += [f"**{title}**", markdown(*rows)]
+    text = "\n\n".join(texts) + "\n"
+    picture = io.BytesIO()
+    draw(found).savefig(picture, format="png", dpi=100)
+    for name, content in (
+        ("overhead.json", (json.dumps(found, indent=1) + "\n").encode()),
+        ("overhead.md", text.encode()),
+        ("overhead.png", picture.getvalue()),
+    ):
+        runs._write(output / name, lambda path, content=content: path.write_bytes(content))
+    print(f"Written to {output}/: overhead.json, overhead.md, overhead.png")
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(
+        prog="bench.overhead",
+        description="Measure what a step costs by hand and in the Trainer.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--batch-sizes", type=numbers, default="4 32 128 512", metavar="N", help="images in a step")
+    add("--rounds", type=number, default=5, metavar="N", help="how often all is measured")
+    add("--output", type=Path, default=ROOT / "docs" / "speed", metavar="DIR", help="for results")
+    add("--tables", action="store_true", help="measure nothing; write tables and picture anew")
+    given = parser.parse_args(argv)
+    path = given.output / "overhead.json"
+    if given.tables:
+        if not path.is_file():
+            raise BadInput(f"there is no '{path}' yet; measure first, without --tables.")
+        found = json.loads(path.read_text())
+    else:
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
+        given.output.mkdir(parents=True, exist_ok=True)
+        found = measure(given.batch_sizes, given.rounds)
+    write(found, given.output)
+
+
+if __name__ == "__main__":
+    with clear_messages():
+        main(sys.argv[1:])

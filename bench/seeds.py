@@ -1,0 +1,190 @@
+"""Hold the lesson speed against cifar, on the real images, for several seeds: `make bench-speed`.
+
+Trains both lessons on both sides with each seed, in turns, in one process and on one thread, and
+takes the processor's time of the training alone (validation between epochs included). Then each of
+the means of `speed` is taken away, or added, on the plain side. Writes seeds.json into --output,
+and the tables into the page of that name beside the folder, docs/speed.md.
+"""
+
+from bench.parallel import machine_now, number
+from bench.ring import markdown
+from bench.workers import lesson
+from common import ROOT, SIDES, runs
+from common.data import is_here
+from common.messages import BadInput, Parser, Stopped, clear_messages
+from common.options import Options
+from common.recipes import RECIPES
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from types import SimpleNamespace
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+# What is changed, and how: each against the recipe as it stands in common/recipes.py.
+MEANS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "SGD with Nesterov's momentum, learning rate 0.1": dict(optimizer="sgd", lr=0.1),
+    "AdamW, learning rate 0.005": dict(optimizer="adam", lr=0.005),
+    "batches of 64, learning rate 0.025": dict(batch_size=64, lr=0.025, batches=2),
+    "batches of 256, learning rate 0.08": dict(batch_size=256, lr=0.08, batches=0.5),
+    "the first layer trained to the end": dict(freeze_at=1.0),
+    "without channels_last": dict(channels_last=False),
+    "pixels from -1 to 1": dict(pixels="signed"),
+    "with weight decay 0.01": dict(weight_decay=0.01),
+    "with label smoothing 0.1": dict(label_smoothing=0.1),
+    "with mirrored images": dict(flip="random"),
+    "with images moved by up to 2 pixels": dict(translate=2),
+    "with bfloat16": dict(precision="bf16-mixed"),
+    "compiled, the compiling counted": dict(compile=True),
+}
+
+
+def train(side: str, name: str, seed: int, data_dir: Path, **settings: Any) -> dict[str, Any]:
+    """Train one side; return its accuracies, its weights' digest, and the processor's seconds."""
+    module = lesson(side, name)
+    # A lesson takes its times with time.perf_counter: here it shall get the processor's time.
+    clock = SimpleNamespace(perf_counter=time.process_time)
+    for function in (module.run, getattr(module, "fit_and_test", module.run)):
+        function.__globals__["time"] = clock
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        options = Options(accelerator="cpu", data_dir=data_dir, runs_dir=Path(folder))
+        options = replace(options, data="cifar10", **RECIPES[name].defaults)
+        batches = options.limit_train_batches * settings.pop("batches", 1)
+        options = replace(options, limit_train_batches=int(batches) if batches > 1 else 1.0)
+        run = module.run(replace(RECIPES[name], seed=seed, **settings), options)
+    return {
+        "side": side, "lesson": name, "seed": seed, "cpu_seconds": run.seconds[0],
+        "val": run.val[-1]["accuracy"], "test": run.test["accuracy"],
+        "weights": runs._sha256(run.weights()),
+    }  # fmt: skip
+
+
+def measure(seeds: list[int], few: list[int], data_dir: Path) -> dict[str, Any]:
+    """Return what seeds.json holds."""
+    machine = machine_now()
+    jobs = [(seed, side, name) for seed in seeds for name in ("cifar", "speed") for side in SIDES]
+    show = dict(disable=not sys.stdout.isatty())
+    rows = [train(side, name, seed, data_dir) for seed, side, name in track(jobs, "seeds", **show)]
+    for seed in seeds:
+        for name in ("cifar", "speed"):
+            ends = {r["weights"] for r in rows if (r["seed"], r["lesson"]) == (seed, name)}
+            if len(ends) != 1:
+                raise Stopped(f"Both sides of {name} end with other weights for seed {seed}.", 1)
+    means = []
+    for seed in track(few, "means", **show):
+        for what, changes in MEANS.items():
+            means.append({"means": what, **train("plain", "speed", seed, data_dir, **changes)})
+    return {"machine": machine, "versions": runs.versions(), "seeds": rows, "means": means}
+
+
+def seed_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Return a row for each lesson and side: accuracy and time, mean and spread over the seeds."""
+    rows = [["lesson", "side", "test accuracy, each seed", "mean", "processor time", "of cifar's"]]
+    for side in SIDES:
+        base: list[float] = []
+        for name in ("cifar", "speed"):
+            some = [r for r in found["seeds"] if (r["lesson"], r["side"]) == (name, side)]
+            tests, times = [r["test"] for r in some], [r["cpu_seconds"] for r in some]
+            base = base or times
+            share = mean(t / b for t, b in zip(times, base, strict=True))
+            rows.append([
+                name, side, ", ".join(f"{100 * t:.2f}" for t in tests),
+                f"{100 * mean(tests):.2f} % ± {100 * stdev(tests):.2f}",
+                f"{mean(times):.2f} s ({min(times):.2f} to {max(times):.2f})", f"{share:.3f}",
+            ])  # fmt: skip
+    return rows
+
+
+def mean_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Return what each of the means gives: validation accuracy and time against as it is."""
+    rows = [["the recipe", "validation accuracy", "gives", "processor time", "of it as it is"]]
+    usual: dict[str, float] = {}
+    for what in dict.fromkeys(r["means"] for r in found["means"]):
+        some = [r for r in found["means"] if r["means"] == what]
+        now = {k: mean(r[k] for r in some) for k in ("val", "cpu_seconds")}
+        usual = usual or now
+        rows.append([
+            what, f"{100 * now['val']:.2f} %", f"{100 * (now['val'] - usual['val']):+.2f}",
+            f"{now['cpu_seconds']:.2f} s", f"{now['cpu_seconds'] / usual['cpu_seconds']:.2f}",
+        ])  # fmt: skip
+    return rows
+
+
+def write(found: dict[str, Any], output: Path) -> None:
+    """Write seeds.json, and the tables into the page; print them."""
+    m, v = found["machine"], found["versions"]
+    seeds = sorted({r["seed"] for r in found["seeds"]})
+    few = sorted({r["seed"] for r in found["means"]})
+    made = (
+        f"Measured on {m['cpu']}, {m['cores']} cores, one thread, load "
+        f"{m['load_average_at_start']} before it began; Python {v['python']}, torch {v['torch']}, "
+        f"lightning {v['lightning']}; the real CIFAR-10. Seeds {', '.join(map(str, seeds))} for "
+        f"the first table, {', '.join(map(str, few))} for the second, whose accuracies are those "
+        "of the validation images, since the recipe was chosen by them. The processor's time is "
+        "that of fit: training, and the validation after each epoch. Both sides ended with the "
+        "same weights, for every seed."
+    )
+    tables = [seed_rows(found), mean_rows(found)]
+    for rows in tables:
+        table = Table(*rows[0])
+        for row in rows[1:]:
+            table.add_row(*row)
+        Console(width=None if sys.stdout.isatty() else 140).print(table)
+    page = output.with_suffix(".md")
+    text = page.read_text()
+    before, begin, rest = text.partition("<!-- seeds: written by bench.seeds -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    inside = "\n\n".join([made, *(markdown(*rows) for rows in tables)]) + "\n"
+    runs._write(output / "seeds.json", lambda p: p.write_text(json.dumps(found, indent=1) + "\n"))
+    runs._write(page, lambda p: p.write_text(before + begin + inside + end + after))
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(
+        prog="bench.seeds",
+        description="Hold the lesson speed against cifar, for several seeds.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--seeds", type=number, default=5, metavar="N", help="for the comparison with cifar")
+    add("--few", type=number, default=3, metavar="N", help="seeds for each of the means")
+    add("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "data")), metavar="DIR",
+        help="the folder with the real images")  # fmt: skip
+    add("--output", type=Path, default=ROOT / "docs" / "speed", metavar="DIR", help="for results")
+    add("--tables", action="store_true", help="measure nothing; write the tables anew")
+    given = parser.parse_args(argv)
+    path = given.output / "seeds.json"
+    if given.tables:
+        if not path.is_file():
+            raise BadInput(f"there is no '{path}' yet; measure first, without --tables.")
+        write(json.loads(path.read_text()), given.output)
+        return
+    if given.seeds < 2 or not is_here(given.data_dir, "cifar10"):
+        raise BadInput(
+            f"this takes two seeds or more and the real CIFAR-10, which is not in "
+            f"'{given.data_dir}'; name its folder with --data-dir."
+        )
+    given.output.mkdir(parents=True, exist_ok=True)
+    write(measure(list(range(given.seeds)), list(range(given.few)), given.data_dir), given.output)
+
+
+if __name__ == "__main__":
+    with clear_messages():
+        main(sys.argv[1:])

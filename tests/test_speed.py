@@ -1,0 +1,224 @@
+"""The lesson speed: both sides the same with all its means, and each of them does what it says."""
+
+from common.batches import DeviceBatches
+from common.data import Images
+from common.models import Net
+from common.optimizers import Muon, orthogonalized, up_and_down
+from common.options import parse_options
+from common.parity import compare_results
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import SIDES, count, real_data, small_data, some, train
+from torch import nn
+
+MEANS = [
+    dict(),
+    dict(optimizer="sgd", flip="random", translate=2),
+    dict(optimizer="adam", precision="bf16-mixed"),
+    dict(flip="alternate", max_epochs=3, label_smoothing=0.1),
+    dict(translate=1, weight_decay=0.01, threads=2),
+    dict(channels_last=False, freeze_at=1.0, batch_size=16),
+    dict(freeze_at=0.0),
+    dict(max_steps=17, seed=3),
+    dict(model=Net, precision="bf16-mixed", flip="random", freeze_at=0.3),
+]
+
+
+@pytest.mark.parametrize("settings", some(MEANS, every=3), ids=str)
+def test_both_sides_are_the_same_with_every_means(settings, tmp_path, monkeypatch):
+    runs = [train(s, tmp_path, monkeypatch, lesson="speed", **settings) for s in SIDES]
+    comparison = compare_results(*(run.result() for run in runs))
+    assert comparison.agree, comparison.first_difference
+    assert all(stage.compared > 0 for stage in comparison.stages) and len(comparison.stages) == 7
+    assert runs[0].weights() == runs[1].weights()
+    count("pairs of speed, bit for bit")
+
+
+CHANGES = {
+    "the schedule told of epochs": ("lightning", ('"interval": "step"', '"interval": "epoch"')),
+    "another order of the images": ("plain", ("loader.sampler.set_epoch(epoch)", "pass")),
+    "the first layer goes on": ("plain", (" freeze_first_layer(net)\n", " pass\n")),
+    "no label smoothing": ("plain", (", label_smoothing=recipe.label_smoothing", "")),
+    "another momentum": ("lightning", ("momentum=self.recipe.momentum, **", "momentum=0.8, **")),
+    "no autocast": ("plain", ('enabled=recipe.precision != "32-true"', "enabled=False")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", some(CHANGES, every=3))
+def test_one_change_is_found(name, tmp_path, monkeypatch):
+    side, *changes = CHANGES[name]
+    changes = [(old.replace("self.recipe", "recipe"), new) for old, new in changes]
+    settings = dict(lesson="speed", label_smoothing=0.1, precision="bf16-mixed")
+    runs = [
+        train(s, tmp_path, monkeypatch, *(changes if s == side else ()), **settings) for s in SIDES
+    ]
+    first = compare_results(*(run.result() for run in runs)).first_difference
+    assert first.name == ("data" if name == "another order of the images" else "steps")
+    count("negative controls")
+
+
+def test_the_first_layer_rests_in_the_second_half(tmp_path, monkeypatch):
+    short = dict(lesson="speed", model=Net, max_steps=15)
+    for side in SIDES:
+        half = train(side, tmp_path, monkeypatch, **short).model.state_dict()
+        whole = train(side, tmp_path, monkeypatch, **short | dict(max_steps=30)).model.state_dict()
+        still = [name for name in half if torch.equal(half[name], whole[name])]
+        assert still == ["conv1.weight", "conv1.bias"]
+
+
+# The batches.
+
+
+def batches(size=32, **more):
+    return DeviceBatches(small_data().train, size, seed=5, device=torch.device("cpu"), **more)
+
+
+def test_every_image_comes_once_in_an_epoch_and_is_that_of_the_loader():
+    images = small_data().train
+    for epoch in range(3):
+        loader = batches()
+        loader.sampler.set_epoch(epoch)
+        parts = list(loader)
+        assert [len(labels) for _, labels in parts] == [32, 32, 32, 24] and len(loader) == 4
+        order = loader.sampler.handed_out[epoch]
+        assert sorted(order) == list(range(120))
+        seen, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+        wanted, wanted_labels = images.__getitems__(order)
+        torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-6)
+        assert torch.equal(labels, wanted_labels) and seen.dtype == torch.float32
+    assert len(list(batches(drop_last=True))) == len(batches(drop_last=True)) == 3
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_batches_come_in_the_memory_format(memory_format):
+    for images, _ in batches(memory_format=memory_format):
+        assert images.is_contiguous(memory_format=memory_format)
+
+
+def epoch_of(loader, epoch):
+    """The images of an epoch in the order of the set."""
+    loader.sampler.set_epoch(epoch)
+    images = torch.cat([images for images, _ in loader])
+    return images[torch.tensor(loader.sampler.handed_out[epoch]).argsort()]
+
+
+def mirrored(images, plain):
+    same = [torch.equal(a, b) for a, b in zip(images, plain, strict=True)]
+    turned = [torch.equal(a, b.flip(2)) for a, b in zip(images, plain, strict=True)]
+    assert all(a or b for a, b in zip(same, turned, strict=True))
+    return torch.tensor(turned)
+
+
+def test_images_are_mirrored():
+    plain = epoch_of(batches(), 0)
+    random = [mirrored(epoch_of(batches(flip="random"), epoch), plain) for epoch in (0, 1, 0)]
+    assert all(40 < turned.sum() < 80 for turned in random)
+    assert torch.equal(random[0], random[2]) and not torch.equal(random[0], random[1])
+    alternate = [mirrored(epoch_of(batches(flip="alternate"), e), plain) for e in range(4)]
+    assert torch.equal(alternate[0], ~alternate[1]) and torch.equal(alternate[0], alternate[2])
+    assert 40 < alternate[0].sum() < 80
+
+
+def test_images_are_moved():
+    plain, moved = epoch_of(batches(), 0), epoch_of(batches(translate=2), 0)
+    padded, found = F.pad(plain, (2, 2, 2, 2), "reflect"), set()
+    for number, image in enumerate(moved):
+        places = [
+            (down, right)
+            for down in range(5)
+            for right in range(5)
+            if torch.equal(image, padded[number, :, down : down + 32, right : right + 32])
+        ]
+        assert places
+        found.add(places[0])
+    assert len(found) > 15
+    assert torch.equal(moved, epoch_of(batches(translate=2), 0))
+
+
+def test_grey_images_without_a_transform():
+    grey = Images(torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8), torch.arange(4), None)
+    [(images, _)] = DeviceBatches(grey, 4, seed=0, device=torch.device("cpu"))
+    assert images.min() == 0 and images.max() == 1
+
+
+# Muon.
+
+
+def test_singular_values_come_near_one():
+    torch.manual_seed(0)
+    for shape in ((16, 150), (120, 400), (84, 84), (400, 120)):
+        values = torch.linalg.svdvals(orthogonalized(torch.randn(shape)))
+        assert values.max() < 1.3 and values.median() > 0.6, values
+
+
+def test_muon_steps_as_pytorchs_own_does():
+    """On matrices; PyTorch iterates in bfloat16, so that it is near and not equal."""
+    torch.manual_seed(0)
+    start = torch.randn(30, 20)
+    ours = nn.Sequential(nn.Linear(20, 30, bias=False), nn.Linear(30, 2, bias=False))
+    ours[0].weight.data = start.clone()
+    theirs = nn.Parameter(start.clone())
+    a = Muon(ours, lr=0.05, momentum=0.9, weight_decay=0.01)
+    b = torch.optim.Muon([theirs], lr=0.05, momentum=0.9, weight_decay=0.01, ns_steps=3)
+    for _ in range(5):
+        gradient = torch.randn(30, 20)
+        ours[0].weight.grad, theirs.grad = gradient.clone(), gradient
+        a.step()
+        b.step()
+    moved = (theirs - start).norm()
+    assert (ours[0].weight - theirs).norm() < 0.02 * moved
+
+
+def test_what_is_no_hidden_matrix_steps_by_adamw():
+    torch.manual_seed(0)
+    net, twin = Net(), Net()
+    twin.load_state_dict(net.state_dict())
+    a = Muon(net, lr=0.05, weight_decay=0.01)
+    names = {id(p): name for name, p in net.named_parameters()}
+    muon, adam = ([names[id(p)] for p in group["params"]] for group in a.param_groups)
+    assert muon == ["conv1.weight", "conv2.weight", "fc1.weight", "fc2.weight"]
+    assert set(adam) == set(names.values()) - set(muon) and "fc3.weight" in adam
+    b = torch.optim.AdamW(twin.parameters(), lr=0.005, betas=(0.9, 0.99), weight_decay=0.01)
+    for _ in range(5):
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            p.grad = q.grad = torch.randn_like(p)
+        a.step()
+        b.step()
+    for name in adam:
+        torch.testing.assert_close(net.state_dict()[name], twin.state_dict()[name])
+    for name in muon:
+        assert not torch.allclose(net.state_dict()[name], twin.state_dict()[name], rtol=1e-2)
+
+
+def test_the_learning_rate_goes_up_and_down():
+    factors = [up_and_down(200)(step) for step in range(201)]
+    assert factors[20] == 1 == max(factors) and factors[200] == 0 and factors[0] == 1 / 21
+    assert factors[:21] == sorted(factors[:21])
+    assert factors[20:] == sorted(factors[20:], reverse=True)
+    assert all(0 <= up_and_down(steps)(step) <= 1 for steps in (1, 2, 3) for step in range(5))
+
+
+def test_its_command_line():
+    recipe, options = parse_options("speed", ["--no-channels-last", "--optimizer", "adam"])
+    assert not recipe.channels_last and recipe.optimizer == "adam" and options.threads == 1
+    assert parse_options("speed", [])[0].optimizer == "muon"
+    with pytest.raises(SystemExit):
+        parse_options("cifar", ["--optimizer", "muon"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(real_data() is None, reason="needs the real CIFAR-10 in DATA_DIR")
+def test_it_reaches_the_tutorials_accuracy(tmp_path):
+    """One seed; docs/speed.md has five."""
+    from common import ROOT
+
+    import json
+    import subprocess
+    import sys
+
+    command = [sys.executable, "plain/speed.py", "--runs-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    result = json.loads((tmp_path / "speed/plain/result.json").read_text())
+    assert result["data"] == "cifar10" and result["test_accuracy"] > 0.53
