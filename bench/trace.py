@@ -57,8 +57,8 @@ def measure(model: type, batch_size: int, steps: int, rounds: int) -> tuple[list
 
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m bench.trace", description="Measure what a trace costs.")
-    parser.add_argument("--rounds", type=int, default=7, help="how often each is measured")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps in each round")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps in each round")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)

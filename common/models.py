@@ -125,3 +125,90 @@ class Transfer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Turn images, float [batch, 3, 32, 32] or larger, into logits, float [batch, 10]."""
         return self.head(self.backbone(x))
+
+
+class Convolve(nn.Sequential):
+    """Convolution, pooling if asked for, BatchNorm, and what makes it nonlinear."""
+
+    def __init__(self, inputs: int, outputs: int, act: nn.Module, pool: bool = True) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)]
+        # Before BatchNorm and ReLU, which then have a quarter of the work.
+        layers += [nn.MaxPool2d(2)] if pool else []
+        super().__init__(*layers, nn.BatchNorm2d(outputs), act)
+
+
+class SmallNet(nn.Module):
+    """A network for a processor: 304,656 parameters, and a first layer that halves the image."""
+
+    def __init__(self, widths: tuple[int, int, int, int] = (24, 48, 96, 192)) -> None:
+        super().__init__()
+        a, b, c, d = widths
+        stem = nn.Conv2d(3, a, 4, stride=2, padding=1, bias=False)
+        self.stem = nn.Sequential(stem, nn.BatchNorm2d(a), nn.ReLU())
+        self.down = nn.Sequential(Convolve(a, b, nn.ReLU()), Convolve(b, c, nn.ReLU()))
+        self.residual = Convolve(c, c, nn.ReLU(), pool=False)
+        self.last = Convolve(c, d, nn.ReLU())
+        self.head = nn.Linear(d, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn images, float [batch, 3, 32, 32], into logits, float [batch, 10]."""
+        x = self.down(self.stem(x))  # [batch, c, 4, 4]
+        x = self.last(x + self.residual(x))  # [batch, d, 2, 2]
+        return self.head(x.amax((2, 3)) / 2)
+
+
+class Airbench(nn.Module):
+    """The network of Keller Jordan's airbench94, which reaches 94 % on CIFAR-10 within seconds.
+
+    Source: https://arxiv.org/abs/2404.00498, section 3. `whiten` gives its first layer, which is
+    not trained but for its bias, the principal components of the images' patches of 2 by 2 pixels.
+    """
+
+    def __init__(self, widths: tuple[int, int, int] = (64, 256, 256)) -> None:
+        super().__init__()
+        self.whitening = nn.Conv2d(3, 24, 2)
+        self.whitening.weight.requires_grad_(False)
+        blocks: list[nn.Module] = []
+        for inputs, outputs in zip((24, *widths), widths, strict=False):
+            blocks += [Convolve(inputs, outputs, nn.GELU()),
+                       Convolve(outputs, outputs, nn.GELU(), pool=False)]  # fmt: skip
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(widths[-1], 10, bias=False)
+        for block in blocks:
+            convolution, norm = block[0], block[-2]  # type: ignore[index]
+            # Each begins by handing its first channels on as they are.
+            nn.init.dirac_(convolution.weight[: convolution.in_channels])
+            norm.momentum = 0.4  # of few steps, the last ones count
+            norm.weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def whiten(self, images: Tensor) -> None:
+        """Set the first layer by some images, float [count, 3, height, width], normalized."""
+        patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        filters = (vectors / (values + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
+        self.whitening.weight.copy_(torch.cat([filters, -filters]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn images, float [batch, 3, 32, 32], into logits, float [batch, 10]."""
+        x = self.blocks(F.gelu(self.whitening(x)))  # [batch, widths[-1], 3, 3]
+        return self.head(F.max_pool2d(x, 3).flatten(1)) / 9
+
+
+# What the lesson speed trains beside the tutorial's network.
+NETWORKS: dict[str, type[nn.Module]] = {"small": SmallNet, "airbench": Airbench}
+
+
+class Averaged(nn.Module):
+    """The mean of a network's answers for an image, mirrored and not, moved by a pixel and not."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn images, float [batch, 3, height, width], into logits, float [batch, 10]."""
+        padded = F.pad(x, (1, 1, 1, 1), "reflect")
+        moved = [padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]]
+        both = [(self.net(image) + self.net(image.flip(3))) / 2 for image in (x, *moved)]
+        return both[0] / 2 + (both[1] + both[2]) / 4

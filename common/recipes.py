@@ -175,6 +175,10 @@ class ParallelRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedRecipe(Recipe):
+    network: str = option(
+        "net", "net: the tutorial's; small: for a processor; airbench: for a GPU",
+        choices=("net", "small", "airbench"),
+    )  # fmt: skip
     weight_decay: float = option(0.0, "pulls all parameters towards 0", at_least=0.0)
     label_smoothing: float = option(
         0.0, "of the training's targets; validation and test have none", at_least=0.0, at_most=1.0
@@ -192,6 +196,7 @@ class SpeedRecipe(Recipe):
     freeze_at: float = option(
         0.5, "share of the steps after which the first layer rests", at_least=0.0, at_most=1.0
     )
+    tta: bool = option(False, "test each image six times, mirrored and moved by a pixel")
     compile: bool = option(False, "compile the network (torch.compile), which takes a while")
 
 

@@ -6,9 +6,12 @@ docs/speed.md has what each of the means gave, measured.
 
 # %% Imports
 from common.batches import DeviceBatches
+from common.models import NETWORKS, Averaged
 from common.optimizers import Muon, up_and_down
 from common.options import count_batches
-from common.runs import Run, command_line, start_folder
+from common.runs import Run, command_line, fingerprints, start_folder
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +85,12 @@ class LitFast(LitClassifier):
             self.log("train_loss", loss)
         return loss
 
+    def test_step(self, batch, batch_idx):
+        net = self.model
+        self.model = Averaged(net) if self.recipe.tta else net
+        super().test_step(batch, batch_idx)
+        self.model = net
+
 
 # %% Fit
 #: make_trainer of cifar; autocast is its `precision`.
@@ -89,7 +98,14 @@ class LitFast(LitClassifier):
 
 # %% Run
 def run(recipe, options):
+    if recipe.network in NETWORKS:
+        recipe = replace(recipe, model=NETWORKS[recipe.network])
     data, net, start = prepare(recipe, options)
+    if recipe.network == "airbench":
+        #: Its first layer is computed from the images, and not trained.
+        some = range(min(5000, len(data.train)))
+        net.whiten(data.train.__getitems__(some)[0])
+        start = fingerprints(net.state_dict())
     batches = -(-len(data.train) // recipe.batch_size)
     model = LitFast(make_fast(net, recipe), recipe, options, batches)
     folder = start_folder(options, recipe.lesson, "lightning")

@@ -7,12 +7,14 @@ docs/speed.md has what each of the means gave, measured.
 # %% Imports
 from common.batches import DeviceBatches
 from common.data import eval_loader
+from common.models import NETWORKS, Averaged
 from common.optimizers import Muon, up_and_down
 from common.options import count_batches
-from common.runs import MetricsFile, Run, command_line, print_epoch, start_folder
+from common.runs import MetricsFile, Run, command_line, fingerprints, print_epoch, start_folder
 
 import itertools
 import time
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +105,14 @@ def fit(net, model, autocast, data, recipe, options, device, log):
 
 # %% Run
 def run(recipe, options):
+    if recipe.network in NETWORKS:
+        recipe = replace(recipe, model=NETWORKS[recipe.network])
     data, device, net, start, *_ = prepare(recipe, options)
+    if recipe.network == "airbench":
+        #: Its first layer is computed from the images, and not trained.
+        some = range(min(5000, len(data.train)))
+        net.whiten(data.train.__getitems__(some)[0].to(device))
+        start = fingerprints(net.state_dict())
     log = MetricsFile(start_folder(options, recipe.lesson, "plain"))
     model, autocast = make_fast(net, recipe, device)
     began = time.perf_counter()
@@ -111,7 +120,8 @@ def run(recipe, options):
     fitted = time.perf_counter()
     test_loader = eval_loader(data.test, recipe, options)
     with autocast:
-        test = evaluate(model, test_loader, options.limit_test_batches, device)
+        asked = Averaged(model) if recipe.tta else model
+        test = evaluate(asked, test_loader, options.limit_test_batches, device)
     seconds = (fitted - began, time.perf_counter() - fitted)
     log.write(len(order), len(losses), "test", test)
     trained = (net, optimizer, device, seconds)

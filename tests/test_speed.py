@@ -2,7 +2,7 @@
 
 from common.batches import DeviceBatches
 from common.data import Images
-from common.models import Net
+from common.models import Airbench, Averaged, Net, SmallNet
 from common.optimizers import Muon, orthogonalized, up_and_down
 from common.options import parse_options
 from common.parity import compare_results
@@ -23,7 +23,11 @@ MEANS = [
     dict(freeze_at=0.0),
     dict(max_steps=17, seed=3),
     dict(model=Net, precision="bf16-mixed", flip="random", freeze_at=0.3),
-]
+    dict(network="airbench", flip="alternate", translate=2, tta=True, label_smoothing=0.2,
+         precision="bf16-mixed", batch_size=40),
+    dict(network="small", tta=True, flip="random", precision="bf16-mixed"),
+    dict(network="airbench", batch_size=60, max_epochs=1, freeze_at=1.0),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", some(MEANS, every=3), ids=str)
@@ -141,6 +145,49 @@ def test_grey_images_without_a_transform():
     grey = Images(torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8), torch.arange(4), None)
     [(images, _)] = DeviceBatches(grey, 4, seed=0, device=torch.device("cpu"))
     assert images.min() == 0 and images.max() == 1
+
+
+# The networks.
+
+
+def test_whitened_patches_have_independent_values_of_the_same_spread():
+    images = small_data().train.__getitems__(range(120))[0]
+    net = Airbench()
+    net.whiten(images)
+    values = F.conv2d(images, net.whitening.weight[:12]).permute(1, 0, 2, 3).flatten(1)
+    covariance = values @ values.T / values.shape[1]
+    # But for the components that are next to nothing, which are not blown up.
+    strong = covariance.diag() > 0.9
+    assert strong.sum() >= 6
+    torch.testing.assert_close(
+        covariance[strong][:, strong], torch.eye(int(strong.sum())), rtol=0, atol=0.1
+    )
+    assert torch.equal(net.whitening.weight[12:], -net.whitening.weight[:12])
+
+
+def test_the_networks_sizes():
+    sizes = {net: sum(p.numel() for p in net().parameters()) for net in (SmallNet, Airbench)}
+    assert sizes[SmallNet] == 304_656
+    assert 1.9e6 < sizes[Airbench] < 2.1e6
+    for net in sizes:
+        assert net()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_the_average_is_that_of_six_views():
+    seen = []
+
+    class Sees(nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return x.mean((1, 2, 3))[:, None] * torch.ones(10)
+
+    image = torch.randn(2, 3, 32, 32)
+    answer = Averaged(Sees())(image)
+    assert len(seen) == 6 and torch.equal(seen[0], image) and torch.equal(seen[1], image.flip(3))
+    assert torch.equal(seen[2][:, :, 1:, 1:], image[:, :, :-1, :-1])
+    assert torch.equal(seen[4][:, :, :-1, :-1], image[:, :, 1:, 1:])
+    means = [view.mean((1, 2, 3)) for view in seen[::2]]
+    torch.testing.assert_close(answer[:, 0], means[0] / 2 + (means[1] + means[2]) / 4)
 
 
 # Muon.
