@@ -10,10 +10,12 @@ bare      Lightning with barebones=True: no logger, no bar, no checkpoints
 lesson    the lesson lightning/cifar.py, with its logger and its bar
 defaults  Lightning with all its defaults: logger, bar, checkpoints, summary; self.log in each step
 
-Writes overhead.json, overhead.png and overhead.md into --output.
+Writes overhead.json and overhead.png into --output, and the tables into the page of that name
+beside the folder, docs/speed.md, and into the README.
 """
 
 from bench.parallel import machine_now, number, numbers
+from bench.report import fill
 from bench.ring import markdown
 from bench.workers import lesson
 from common import ROOT, runs
@@ -499,29 +501,31 @@ def made_on(found: dict[str, Any]) -> str:
 
 
 def write(found: dict[str, Any], output: Path) -> None:
-    """Write overhead.json, overhead.png and overhead.md, and print the tables."""
-    texts = [made_on(found)]
-    for title, rows in (
-        ("Time of a step, relative to the floor", step_rows(found)),
-        ("What the project has set itself, for Net", goal_rows(found)),
-        ("Where the lesson's time goes", profile_rows(found)),
-        ("Starting", start_rows(found)),
-    ):
+    """Write overhead.json, overhead.png and the tables of the pages; print the tables."""
+    tables = {
+        "Time of a step, relative to the floor": step_rows(found),
+        "What the project has set itself, for Net": goal_rows(found),
+        "Where the lesson's time goes": profile_rows(found),
+        "Starting": start_rows(found),
+    }
+    for title, rows in tables.items():
         table = Table(*rows[0], title=title, title_justify="left")
         for row in rows[1:]:
             table.add_row(*row)
         Console(width=None if sys.stdout.isatty() else 140).print(table)
-        texts += [f"**{title}**", markdown(*rows)]
-    text = "\n\n".join(texts) + "\n"
     picture = io.BytesIO()
     draw(found).savefig(picture, format="png", dpi=100)
-    for name, content in (
-        ("overhead.json", (json.dumps(found, indent=1) + "\n").encode()),
-        ("overhead.md", text.encode()),
-        ("overhead.png", picture.getvalue()),
-    ):
-        runs._write(output / name, lambda path, content=content: path.write_bytes(content))
-    print(f"Written to {output}/: overhead.json, overhead.md, overhead.png")
+    runs._write(output / "overhead.png", lambda path: path.write_bytes(picture.getvalue()))
+    text = json.dumps(found, indent=1) + "\n"
+    runs._write(output / "overhead.json", lambda path: path.write_text(text))
+    print(f"Written to {output}/: overhead.json, overhead.png")
+    full = [made_on(found)] + [f"**{title}**\n\n{markdown(*t)}" for title, t in tables.items()]
+    short = [made_on(found), markdown(*goal_rows(found))]
+    for page, parts in ((output.with_suffix(".md"), full), (ROOT / "README.md", short)):
+        if output.parent == ROOT / "docs":
+            text = fill(page.read_text(), {"overhead": "\n\n".join(parts)}, "bench.overhead")
+            runs._write(page, lambda path, text=text: path.write_text(text))
+            print(f"The tables of {page} are written anew.")
 
 
 def main(argv: list[str]) -> None:

@@ -163,10 +163,10 @@ def blocks(found: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def fill(page: str, parts: dict[str, str]) -> str:
+def fill(page: str, parts: dict[str, str], by: str = "bench.parallel") -> str:
     """Return the page with each part between its two comments, in place of what is there."""
     for name, text in parts.items():
-        begin, end = f"<!-- {name}: written by bench.parallel -->\n", "<!-- end -->"
+        begin, end = f"<!-- {name}: written by {by} -->\n", "<!-- end -->"
         assert page.count(begin) == 1, f"the page lacks a place for '{name}'"
         before, _, rest = page.partition(begin)
         page = before + begin + text + "\n" + rest[rest.index(end) :]

@@ -7,6 +7,7 @@ and the tables into the page of that name beside the folder, docs/speed.md.
 """
 
 from bench.parallel import machine_now, number
+from bench.report import fill
 from bench.ring import markdown
 from bench.workers import lesson
 from common import ROOT, SIDES, runs
@@ -147,13 +148,14 @@ def write(found: dict[str, Any], output: Path) -> None:
         for row in rows[1:]:
             table.add_row(*row)
         Console(width=None if sys.stdout.isatty() else 140).print(table)
+    text = json.dumps(found, indent=1) + "\n"
+    runs._write(output / "seeds.json", lambda path: path.write_text(text))
     page = output.with_suffix(".md")
-    text = page.read_text()
-    before, begin, rest = text.partition("<!-- seeds: written by bench.seeds -->\n")
-    _, end, after = rest.partition("<!-- end -->")
-    inside = "\n\n".join([made, *(markdown(*rows) for rows in tables)]) + "\n"
-    runs._write(output / "seeds.json", lambda p: p.write_text(json.dumps(found, indent=1) + "\n"))
-    runs._write(page, lambda p: p.write_text(before + begin + inside + end + after))
+    if page.is_file():
+        inside = "\n\n".join([made, *(markdown(*rows) for rows in tables)])
+        filled = fill(page.read_text(), {"seeds": inside}, "bench.seeds")
+        runs._write(page, lambda path: path.write_text(filled))
+        print(f"The tables of {page} are written anew.")
 
 
 def main(argv: list[str]) -> None:
