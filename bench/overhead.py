@@ -59,7 +59,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-WARM_UP = 3  # steps before the clock starts
+WARM_UP = 2  # steps before the clock starts
 SECONDS = 0.5  # that the steps of one measurement shall take
 MODELS: dict[str, type[nn.Module]] = {"Net": Net, "DeepNet": DeepNet}
 WAYS = ("floor", "plain", "tutorial", "bare", "lesson", "defaults")
@@ -244,9 +244,9 @@ def measure(batch_sizes: list[int], rounds: int) -> dict[str, Any]:
     steps = {}
     for case in cases:
         if case.way == "floor":  # also a warm-up: kernels are chosen, memory is fetched
-            once = measure_one(case, data, 3)
+            once = measure_one(case, data, 2)
         fits = len(images) // case.batch_size - WARM_UP - 1  # in one epoch
-        steps[case] = max(3, min(int(SECONDS / once), fits, 200))
+        steps[case] = max(2, min(int(SECONDS / once), fits, 200))
     times: dict[Case, list[float]] = {case: [] for case in cases}
     for turn in track(range(rounds), "measuring", disable=not sys.stdout.isatty()):
         # Every other round the other way about: who comes first shall not matter.
@@ -321,28 +321,34 @@ def profile(data: Data, rounds: int) -> dict[str, Any]:
         (torch.optim.SGD, "step", "the update itself"),
     ]  # fmt: skip
     case, steps = Case("lesson", "Net", 4), 300
-    whole = [measure_one(case, data, steps) for _ in range(rounds)]
-    watch = Watch()
-    undo = [watch.around(*each) for each in watched]
-    try:
-        timed = [measure_one(case, data, steps) for _ in range(rounds)]
-    finally:
-        for each in reversed(undo):
-            each()
-    made = rounds * (steps + WARM_UP)
-    without = {
+    without: dict[str, dict[str, Any]] = {
         "without the bar": dict(enable_progress_bar=False, callbacks=[]),
         "without the logger": dict(logger=False),
     }
+    whole: list[float] = []
+    timed: list[tuple[float, dict[str, float]]] = []
+    less: dict[str, list[float]] = {what: [] for what in without}
+    for _ in range(rounds):
+        whole.append(measure_one(case, data, steps))
+        for what, more in without.items():
+            less[what].append(without_(case, data, steps, more))
+        watch = Watch()
+        undo = [watch.around(*each) for each in watched]
+        try:
+            seconds = measure_one(case, data, steps)
+        finally:
+            for each in reversed(undo):
+                each()
+        made = steps + WARM_UP
+        timed.append((seconds, {what: s / made for what, s in watch.seconds.items()}))
+    # The parts of the round whose step took the median time: then they add up.
+    seconds, parts = sorted(timed, key=lambda pair: pair[0])[len(timed) // 2]
     return {
         "case": case._asdict(),
         "seconds": median(whole),
-        "seconds_while_watched": median(timed),
-        "parts": {what: seconds / made for what, seconds in watch.seconds.items()},
-        "without": {
-            what: median(without_(case, data, steps, more) for _ in range(rounds))
-            for what, more in without.items()
-        },
+        "seconds_while_watched": seconds,
+        "parts": parts,
+        "without": {what: median(s) for what, s in less.items()},
     }
 
 
@@ -500,15 +506,27 @@ def made_on(found: dict[str, Any]) -> str:
     )
 
 
-def write(found: dict[str, Any], output: Path) -> None:
-    """Write overhead.json, overhead.png and the tables of the pages; print the tables."""
-    tables = {
+def tables(found: dict[str, Any]) -> dict[str, list[list[str]]]:
+    return {
         "Time of a step, relative to the floor": step_rows(found),
         "What the project has set itself, for Net": goal_rows(found),
         "Where the lesson's time goes": profile_rows(found),
         "Starting": start_rows(found),
     }
-    for title, rows in tables.items():
+
+
+def texts(found: dict[str, Any]) -> dict[Path, str]:
+    """Return what stands between the marks of each page."""
+    every = [f"**{title}**\n\n{markdown(*rows)}" for title, rows in tables(found).items()]
+    return {
+        ROOT / "docs" / "speed.md": "\n\n".join([made_on(found), *every]),
+        ROOT / "README.md": f"{made_on(found)}\n\n{markdown(*goal_rows(found))}",
+    }
+
+
+def write(found: dict[str, Any], output: Path) -> None:
+    """Write overhead.json, overhead.png and the tables of the pages; print the tables."""
+    for title, rows in tables(found).items():
         table = Table(*rows[0], title=title, title_justify="left")
         for row in rows[1:]:
             table.add_row(*row)
@@ -519,13 +537,12 @@ def write(found: dict[str, Any], output: Path) -> None:
     text = json.dumps(found, indent=1) + "\n"
     runs._write(output / "overhead.json", lambda path: path.write_text(text))
     print(f"Written to {output}/: overhead.json, overhead.png")
-    full = [made_on(found)] + [f"**{title}**\n\n{markdown(*t)}" for title, t in tables.items()]
-    short = [made_on(found), markdown(*goal_rows(found))]
-    for page, parts in ((output.with_suffix(".md"), full), (ROOT / "README.md", short)):
-        if output.parent == ROOT / "docs":
-            text = fill(page.read_text(), {"overhead": "\n\n".join(parts)}, "bench.overhead")
-            runs._write(page, lambda path, text=text: path.write_text(text))
-            print(f"The tables of {page} are written anew.")
+    if output.resolve() != ROOT / "docs" / "speed":
+        return  # a trial, which shall not change the pages
+    for page, inside in texts(found).items():
+        filled = fill(page.read_text(), {"overhead": inside}, "bench.overhead")
+        runs._write(page, lambda path, filled=filled: path.write_text(filled))
+        print(f"The tables of {page} are written anew.")
 
 
 def main(argv: list[str]) -> None:
@@ -536,7 +553,7 @@ def main(argv: list[str]) -> None:
     )
     add = parser.add_argument
     add("--batch-sizes", type=numbers, default="4 32 128 512", metavar="N", help="images in a step")
-    add("--rounds", type=number, default=5, metavar="N", help="how often all is measured")
+    add("--rounds", type=number, default=7, metavar="N", help="how often all is measured")
     add("--output", type=Path, default=ROOT / "docs" / "speed", metavar="DIR", help="for results")
     add("--tables", action="store_true", help="measure nothing; write tables and picture anew")
     given = parser.parse_args(argv)

@@ -128,8 +128,8 @@ def mean_rows(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def write(found: dict[str, Any], output: Path) -> None:
-    """Write seeds.json, and the tables into the page; print them."""
+def text_of(found: dict[str, Any]) -> str:
+    """Return what stands between the marks of docs/speed.md."""
     m, v = found["machine"], found["versions"]
     seeds = sorted({r["seed"] for r in found["seeds"]})
     few = sorted({r["seed"] for r in found["means"]})
@@ -142,8 +142,12 @@ def write(found: dict[str, Any], output: Path) -> None:
         "that of fit: training, and the validation after each epoch. Both sides ended with the "
         "same weights, for every seed."
     )
-    tables = [seed_rows(found), mean_rows(found)]
-    for rows in tables:
+    return "\n\n".join([made, markdown(*seed_rows(found)), markdown(*mean_rows(found))])
+
+
+def write(found: dict[str, Any], output: Path) -> None:
+    """Write seeds.json, and the tables into the page; print them."""
+    for rows in (seed_rows(found), mean_rows(found)):
         table = Table(*rows[0])
         for row in rows[1:]:
             table.add_row(*row)
@@ -152,8 +156,7 @@ def write(found: dict[str, Any], output: Path) -> None:
     runs._write(output / "seeds.json", lambda path: path.write_text(text))
     page = output.with_suffix(".md")
     if page.is_file():
-        inside = "\n\n".join([made, *(markdown(*rows) for rows in tables)])
-        filled = fill(page.read_text(), {"seeds": inside}, "bench.seeds")
+        filled = fill(page.read_text(), {"seeds": text_of(found)}, "bench.seeds")
         runs._write(page, lambda path: path.write_text(filled))
         print(f"The tables of {page} are written anew.")
 

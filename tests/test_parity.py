@@ -13,9 +13,9 @@ from helpers import SIDES, Noisy, count, lessons, load_lesson, small_data, train
 STAGES = ["data", "start", "steps", "weights", "optimizer", "random", "metrics"]
 # 120 images: batches of 8 divide them, batches of 16 leave a last one of 8.
 GRID = list(itertools.product((0, 1, 2), (2, 3), (8, 16), ("sgd", "adam"), (1, 2)))
-# Some are run by `make test`, all by `make test-slow`. 7 has no factor in common with the grid:
+# Some are run by `make test`, all by `make test-slow`. 11 has no factor in common with the grid:
 # every value is among them.
-SOME = GRID[::7]
+SOME = GRID[::11]
 
 
 # One optimizer step a batch, as in the other lessons; test_optimize.py accumulates.
@@ -56,7 +56,7 @@ def run_combinations(lesson, combinations, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("lesson", lessons())
 def test_combinations(lesson, tmp_path, monkeypatch):
-    assert len(GRID) == 48 and len(SOME) == 7
+    assert len(GRID) == 48 and len(SOME) == 5
     assert all(len(set(values)) >= 2 for values in zip(*SOME, strict=True))
     run_combinations(lesson, SOME, tmp_path, monkeypatch)
 
@@ -77,21 +77,30 @@ def test_the_lessons_own_network_learns(tmp_path, monkeypatch):
     assert len(plain.val) == 6
 
 
+LIMITS = [
+    (dict(limit_train_batches=4), 8, 2),
+    (dict(limit_train_batches=0.5), 14, 2),
+    (dict(max_steps=20), 20, 1),  # in the middle of the second epoch: no validation there
+    (dict(max_steps=15), 15, 1),  # just at the end of the first: validated
+    (dict(max_steps=99), 30, 2),
+    (dict(limit_val_batches=2, limit_test_batches=0.5), 30, 2),
+    (dict(batch_size=1000), 2, 2),
+    (dict(num_workers=2), 30, 2),
+    (dict(num_workers=1, max_steps=17), 17, 1),
+]
+
+
 @pytest.mark.parametrize(
-    "settings, steps, validations",
+    "lesson, settings, steps, validations",
     [
-        (dict(limit_train_batches=4), 8, 2),
-        (dict(limit_train_batches=0.5), 14, 2),
-        (dict(max_steps=20), 20, 1),  # in the middle of the second epoch: no validation there
-        (dict(max_steps=15), 15, 1),  # just at the end of the first: validated
-        (dict(max_steps=99), 30, 2),
-        (dict(limit_val_batches=2, limit_test_batches=0.5), 30, 2),
-        (dict(batch_size=1000), 2, 2),
-        (dict(num_workers=2), 30, 2),
-        (dict(num_workers=1, max_steps=17), 17, 1),
+        # All of them for cifar; of the other lessons a quarter, the others by `make test-slow`.
+        pytest.param(
+            lesson, *case, marks=[pytest.mark.slow] * (lesson != "cifar" and (a + b) % 4 > 0)
+        )
+        for a, lesson in enumerate(lessons())
+        for b, case in enumerate(LIMITS)
     ],
 )
-@pytest.mark.parametrize("lesson", lessons())
 def test_limits_and_workers(lesson, tmp_path, monkeypatch, settings, steps, validations):
     plain, lightning = both(tmp_path, monkeypatch, lesson=lesson, **settings)
     assert_same(plain, lightning, steps)

@@ -1,0 +1,111 @@
+"""What `make bench` and `make bench-speed` show follows from what they measured."""
+
+from bench import overhead, seeds
+from bench.report import fill
+from common import ROOT
+from common.data import PIXELS, Data, Images
+from common.messages import BadInput
+from common.shapes import CLASSES, draw_shapes
+
+import json
+from statistics import mean
+
+import pytest
+from helpers import SIDES, count
+
+FOLDER = ROOT / "docs" / "speed"
+MEASURED = json.loads((FOLDER / "overhead.json").read_text())
+SEEDS = json.loads((FOLDER / "seeds.json").read_text())
+
+
+@pytest.mark.parametrize("way", overhead.WAYS)
+def test_each_way_makes_its_steps(way):
+    images = Images(*draw_shapes(120, seed=1), PIXELS["signed"])
+    data = Data("shapes", CLASSES, images, images, images)
+    assert overhead.measure_one(overhead.Case(way, "Net", 4), data, steps=4) > 0
+    count("ways to train")
+
+
+def test_a_clock_wants_all_steps():
+    clock = overhead.Clock(2)
+    for _ in range(overhead.WARM_UP + 1):
+        clock()
+    made = overhead.WARM_UP + 1
+    with pytest.raises(AssertionError, match=f"{made} steps were made, and not {made + 1}"):
+        _ = clock.seconds
+
+
+def test_a_watch_takes_inner_times_out_of_outer_ones(monkeypatch):
+    now = iter((0.0, 1.0, 3.0, 10.0))
+    monkeypatch.setattr(overhead.time, "perf_counter", lambda: next(now))
+
+    class Calls:
+        def outer(self):
+            return self.inner()
+
+        def inner(self):
+            return 7
+
+    watch = overhead.Watch()
+    undo = [watch.around(Calls, name, name) for name in ("outer", "inner")]
+    assert Calls().outer() == 7
+    assert watch.seconds == {"inner": 2.0, "outer": 8.0}
+    for each in undo:
+        each()
+    assert Calls().outer() == 7 and watch.seconds["inner"] == 2.0
+
+
+def test_what_was_measured_is_whole():
+    assert {row["way"] for row in MEASURED["steps"]} == set(overhead.WAYS)
+    assert {row["model"] for row in MEASURED["steps"]} == {"Net", "DeepNet"}
+    assert {row["batch_size"] for row in MEASURED["steps"]} == {4, 32, 128, 512}
+    assert len(MEASURED["steps"]) == 48
+    assert all(len(row["seconds"]) >= 5 for row in MEASURED["steps"])
+    assert all(row["count"] >= 2 for row in MEASURED["steps"])
+
+
+def test_the_pages_show_what_was_measured():
+    for path, text in overhead.texts(MEASURED).items():
+        page = path.read_text()
+        assert fill(page, {"overhead": text}, "bench.overhead") == page, path
+        count("pages of the benches")
+    page = (ROOT / "docs" / "speed.md").read_text()
+    assert fill(page, {"seeds": seeds.text_of(SEEDS)}, "bench.seeds") == page
+
+
+def test_a_goal_is_reached_or_not():
+    steps = [
+        {"way": way, "model": "Net", "batch_size": size, "seconds": [seconds] * 5}
+        for way, seconds in zip(overhead.WAYS, (1.0, 1.1, 2.0, 1.2, 1.3, 2.5), strict=True)
+        for size in (4, 128)
+    ]
+    rows = overhead.goal_rows({"steps": steps})
+    verdicts = {(row[0], row[1]): row[4] for row in rows[1:]}
+    assert verdicts["plain / floor", "128"] == "not reached"
+    assert verdicts["plain / floor", "4"] == "reached"
+    assert verdicts["lesson / plain", "4"] == "reached"
+    assert verdicts["tutorial / plain", "128"] == "not reached"
+    assert verdicts["bare / plain", "4"] == ""
+
+
+def test_speed_is_as_good_as_the_tutorial_in_a_tenth_of_the_time():
+    """As it was measured; no test measures a time."""
+    for side in SIDES:
+        fast, slow = (
+            [r for r in SEEDS["seeds"] if (r["lesson"], r["side"]) == (name, side)]
+            for name in ("speed", "cifar")
+        )
+        assert [r["seed"] for r in fast] == [r["seed"] for r in slow] == [0, 1, 2, 3, 4]
+        assert mean(r["test"] for r in fast) >= 0.542
+        spent = (mean(r["cpu_seconds"] for r in runs) for runs in (fast, slow))
+        assert next(spent) <= 0.1 * next(spent)
+    assert {r["means"] for r in SEEDS["means"]} == set(seeds.MEANS)
+
+
+def test_bad_input_is_one_sentence(tmp_path):
+    with pytest.raises(BadInput, match="measure first"):
+        overhead.main(["--tables", "--output", str(tmp_path)])
+    with pytest.raises(BadInput, match="measure first"):
+        seeds.main(["--tables", "--output", str(tmp_path)])
+    with pytest.raises(BadInput, match="two seeds or more and the real CIFAR-10"):
+        seeds.main(["--data-dir", str(tmp_path)])
