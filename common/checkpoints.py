@@ -6,6 +6,7 @@ names and puts "model." before every weight's.
 """
 
 from common.messages import BadInput
+from common.models import NETWORKS
 from common.recipes import RECIPES, Recipe
 
 import contextlib
@@ -292,7 +293,8 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def _name(recipe: Recipe) -> str:
-    return " ".join([recipe.lesson, getattr(recipe, "backbone", "")]).strip()
+    chosen = getattr(recipe, "backbone", getattr(recipe, "network", ""))
+    return f"{recipe.lesson} {chosen}".strip()
 
 
 def network(recipe: Recipe) -> nn.Module:
@@ -302,7 +304,13 @@ def network(recipe: Recipe) -> nn.Module:
 
 
 def _recipes() -> Iterator[Recipe]:
-    """Yield every lesson's recipe, once for each backbone where the lesson leaves the choice."""
+    """Yield every lesson's recipe, once for each network where the lesson leaves the choice."""
     for recipe in RECIPES.values():
-        choices = [own.metadata["choices"] for own in fields(recipe) if own.name == "backbone"]
-        yield from (replace(recipe, backbone=name) for name in choices[0]) if choices else [recipe]
+        choices = {own.name: own.metadata.get("choices", ()) for own in fields(recipe)}
+        if "backbone" in choices:
+            yield from (replace(recipe, backbone=name) for name in choices["backbone"])
+        elif "network" in choices:
+            for name in choices["network"]:
+                yield replace(recipe, network=name, model=NETWORKS.get(name, recipe.model))
+        else:
+            yield recipe

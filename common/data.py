@@ -36,17 +36,16 @@ EVAL_BATCH_SIZE = 512
 NETWORK_SECONDS = 8.0  # how long to wait for the server before saying that there is no network
 
 # What a recipe's `pixels` stands for: applied to batches that are scaled to [0, 1].
-# In place, since a batch is made anew each time: a copy would cost as much as the arithmetic.
 PIXELS = {
     "unit": None,
-    "signed": Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), inplace=True),  # to [-1, 1]
+    "signed": Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),  # to [-1, 1]
     # Mean and spread of CIFAR-10's own training images become 0 and 1.
     "standard": Normalize(
         mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), inplace=True
     ),
     # What torchvision's pretrained networks were trained with:
     # https://docs.pytorch.org/vision/0.29/models.html
-    "imagenet": Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), inplace=True),
+    "imagenet": Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 }
 
 

@@ -2,7 +2,7 @@
 
 from common import checkpoints
 from common.messages import BadInput
-from common.models import DeepNet, Net, Transfer
+from common.models import DeepNet, Net, SmallNet, Transfer
 from common.recipes import RECIPES
 
 import collections
@@ -548,7 +548,7 @@ def test_every_network_of_the_lessons_is_known():
         names.append(checkpoints._name(recipe))
         count("networks identified")
     assert {name.split()[0] for name in names} == set(RECIPES)
-    assert len(names) == len(set(names)) == len(RECIPES) + 2
+    assert len(names) == len(set(names)) == len(RECIPES) + 4
     assert "finetune resnet18" in names
 
 
@@ -575,7 +575,9 @@ def test_an_unknown_network():
     weights = Net().state_dict()
     weights["fc3.weight"] = torch.zeros(100, 84)
     sentence = said(lambda: checkpoints.identify(weights), "the nearest is cifar, with 1 of")
-    assert "(cifar, fashion, callbacks, resume, optimize, parallel, finetune vgg16, " in sentence
+    lessons = "(cifar, fashion, callbacks, resume, optimize, parallel, speed net, speed small, "
+    assert f"{lessons}speed airbench, finetune vgg16, " in sentence
+    assert checkpoints.identify(SmallNet().state_dict()).network == "small"
     assert "'fc3.weight', float32 [100, 84] instead of float32 [10, 84]" in sentence
     other = Transfer("resnet18").state_dict()
     del other["head.bias"]
