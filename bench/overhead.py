@@ -554,7 +554,7 @@ def main(argv: list[str]) -> None:
     )
     add = parser.add_argument
     add("--batch-sizes", type=numbers, default="4 32 128 512", metavar="N", help="images in a step")
-    add("--rounds", type=number, default=7, metavar="N", help="how often all is measured")
+    add("--rounds", type=number, default=5, metavar="N", help="how often all is measured")
     add("--output", type=Path, default=ROOT / "docs" / "speed", metavar="DIR", help="for results")
     add("--tables", action="store_true", help="measure nothing; write tables and picture anew")
     given = parser.parse_args(argv)
