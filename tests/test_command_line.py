@@ -241,6 +241,7 @@ class InThisProcess:
         return 0
 
 
+@pytest.mark.slow
 def test_parity_of_all_lessons(tmp_path, monkeypatch, capsys):
     """`make parity`: every lesson from its command line to one table."""
     few = replace(RECIPES["finetune"], backbone="mobilenet_v3_small", weights="random")

@@ -137,7 +137,10 @@ def test_every_step_leaves_the_same_gradients_and_weights(lesson, tmp_path, monk
 
         def after_step(optimizer, args, kwargs, trace=trace):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            trace.append([(p.detach().clone(), p.grad.clone()) for p in parameters])
+            # A layer that rests has no gradient any more: zeros stand for it.
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            both = zip(parameters, grads, strict=True)
+            trace.append([(p.detach().clone(), g.clone()) for p, g in both])
 
         def before_forward(module, args, inputs=inputs):
             if isinstance(module, Noisy) and module.training and torch.is_grad_enabled():
