@@ -15,12 +15,12 @@ beside the folder, docs/speed.md, and into the README.
 """
 
 from bench.parallel import machine_now, number, numbers
-from bench.report import fill
+from bench.report import fill, read_measured
 from bench.ring import markdown
 from bench.workers import lesson
 from common import ROOT, runs
 from common.data import PIXELS, Data, Images, train_loader
-from common.messages import BadInput, Parser, clear_messages
+from common.messages import Parser, clear_messages
 from common.models import DeepNet, Net
 from common.options import Options, default_threads
 from common.recipes import RECIPES, Recipe
@@ -560,9 +560,7 @@ def main(argv: list[str]) -> None:
     given = parser.parse_args(argv)
     path = given.output / "overhead.json"
     if given.tables:
-        if not path.is_file():
-            raise BadInput(f"there is no '{path}' yet; measure first, without --tables.")
-        found = json.loads(path.read_text())
+        found = read_measured(path)
     else:
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.ERROR)

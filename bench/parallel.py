@@ -141,9 +141,7 @@ def main(argv: list[str]) -> None:
         )
     path = given.output / "parallel.json"
     if given.tables:
-        if not path.is_file():
-            raise BadInput(f"there is no '{path}' yet; measure first, without --tables.")
-        found = json.loads(path.read_text())
+        found = report.read_measured(path)
     else:
         given.output.mkdir(parents=True, exist_ok=True)
         found = measure(given.devices, given.batch_sizes, given.rounds, given.steps)

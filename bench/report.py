@@ -3,8 +3,10 @@
 from bench import ring
 from bench.ring import markdown, size_text, time_text
 from common import SIDES, runs
+from common.messages import BadInput
 
 import io
+import json
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -171,6 +173,13 @@ def fill(page: str, parts: dict[str, str], by: str = "bench.parallel") -> str:
         before, _, rest = page.partition(begin)
         page = before + begin + text + "\n" + rest[rest.index(end) :]
     return page
+
+
+def read_measured(path: Path) -> dict[str, Any]:
+    """Return what was measured before; raise BadInput where nothing was."""
+    if not path.is_file():
+        raise BadInput(f"there is no '{path}' yet; measure first, without --tables.")
+    return json.loads(path.read_text())
 
 
 def draw(found: dict[str, Any]) -> Figure:

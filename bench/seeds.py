@@ -7,7 +7,7 @@ and the tables into the page of that name beside the folder, docs/speed.md.
 """
 
 from bench.parallel import machine_now, number
-from bench.report import fill
+from bench.report import fill, read_measured
 from bench.ring import markdown
 from bench.workers import lesson
 from common import ROOT, SIDES, runs
@@ -177,9 +177,7 @@ def main(argv: list[str]) -> None:
     given = parser.parse_args(argv)
     path = given.output / "seeds.json"
     if given.tables:
-        if not path.is_file():
-            raise BadInput(f"there is no '{path}' yet; measure first, without --tables.")
-        write(json.loads(path.read_text()), given.output)
+        write(read_measured(path), given.output)
         return
     if given.seeds < 2 or not is_here(given.data_dir, "cifar10"):
         raise BadInput(

@@ -73,9 +73,9 @@ class Run:
 
 def tensors(
     stage: str, ours: Line, theirs: Line, find: Callable[[bool], list[Cause]],
-    before: Line | None = None, before_too: Line | None = None,
+    before: Line | None = None,
 ) -> Found | None:  # fmt: skip
-    """Compare tensors by name; `before` makes the size that of the change, not of the tensors."""
+    """Compare tensors by name; `before`, A's, makes the size that of the change, not of them."""
     if ours.keys() != theirs.keys():
         one_sided = sorted(ours.keys() ^ theirs.keys())
         what = f"{one_sided[0]}, which only {'A' if one_sided[0] in ours else 'B'} has"
@@ -89,7 +89,7 @@ def tensors(
     apart = math.hypot(*(_apart(*pair) for pair in pairs))
     how_far = apart / max(_total(ours), 1e-300)
     rounding = all(is_rounding(how_far, *pair) for pair in pairs)
-    if before and before_too and before.keys() == ours.keys():
+    if before and before.keys() == ours.keys():
         how_far = apart / max(math.hypot(*(_apart(before[n], ours[n]) for n in ours)), 1e-300)
         rounding = rounding and how_far < 1e-2
     return Found(stage, names[0], find(rounding), len(names) - 1, how_far, rounding)

@@ -175,13 +175,14 @@ def _step(a: Run, b: Run, index: int, x: Line, y: Line) -> Found | None:
             return found
     if len(x["batches"]) != len(y["batches"]):
         return causes.other_count(x, y)
-    before = [causes.weights_before(run, index) for run in (a, b)]
+    # Only where it is needed: the step before has to be read again for it.
+    before = causes.weights_before(a, index) if x["weights"] != y["weights"] else None
     update = partial(causes.update_causes, a, b, index, x, y)
     return (
         tensors("gradient", x["fresh"], y["fresh"], partial(causes.gradient_causes, a, b, x, y))
         or tensors("clipping", x["used"], y["used"], partial(causes.clipping_causes, x, y))
         or causes.settings(a, b, index, x, y)
-        or tensors("update", x["weights"], y["weights"], update, *before)
+        or tensors("update", x["weights"], y["weights"], update, before)
         or tensors("update", x["state"], y["state"], update)
     )
 
