@@ -75,6 +75,8 @@ class Submitted:
             with contextlib.suppress(FileNotFoundError):
                 if (words := (self.folder / tool).read_text()).endswith("\n\n"):
                     return words.splitlines()[:-1]
+            if self.process.poll():
+                raise AssertionError(f"slurm.sh ended with {self.process.returncode}")
             time.sleep(0.05)
         raise AssertionError(f"{tool} was not called")
 
@@ -85,7 +87,9 @@ def submit(tmp_path):
     started = []
 
     def start(*arguments, stays=0, **env):
-        for tool, then in (("srun", f"sleep {stays}"), ("scontrol", r"printf 'node1\nnode2\n'")):
+        # One machine after the other: a reader that stops at the first one would end scontrol.
+        lists = "echo node1; sleep 0.2; echo node2"
+        for tool, then in (("srun", f"sleep {stays}"), ("scontrol", lists)):
             (tmp_path / f"{tool}.told").unlink(missing_ok=True)
             path = tmp_path / tool
             told = f"printf '%s\\n' \"$@\" '' >'{tmp_path}/{tool}.told'"

@@ -20,7 +20,8 @@ SIDE=${SIDE:-plain}
 RUNS_DIR=${RUNS_DIR:-runs/slurm-$SLURM_JOB_ID}
 
 # All machines meet at the first one. No two jobs there have the same port.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # not "| head": that may end scontrol early
+first=${hosts%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 # Two minutes before its time is over, the job goes back into the queue; ten times at most.
