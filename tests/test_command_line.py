@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SIDES, be_alone, count, lessons, load_lesson
+from helpers import SIDES, be_alone, count, lessons, load_lesson, some
 
 GPU = torch.cuda.is_available()
 NOT_A_FOLDER = ROOT / "Makefile" / "folder"
@@ -327,7 +327,7 @@ def test_both_sides_have_the_same_options(lesson, monkeypatch, capsys):
     assert texts[0].count("(default:") == 17 + len(told)
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("side", some(reversed(SIDES)))  # the Trainer catches Ctrl-C itself
 def test_ctrl_c_ends_with_one_sentence_and_keeps_what_was_written(side, tmp_path):
     arguments = "--accelerator cpu --data shapes --log-every-n-steps 50 --runs-dir".split()
     arguments.append(str(tmp_path))
@@ -355,9 +355,11 @@ def test_ctrl_c_ends_with_one_sentence_and_keeps_what_was_written(side, tmp_path
     assert kept.read_text() == "an earlier result"
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("seconds", [2, 5])
-def test_ctrl_c_during_the_imports(side, seconds, tmp_path):
+@pytest.mark.parametrize(
+    "moment", some([(2, "plain"), (5, "plain"), (2, "lightning"), (5, "lightning")], 3)
+)
+def test_ctrl_c_during_the_imports(moment, tmp_path):
+    seconds, side = moment
     command = [sys.executable, str(ROOT / side / "cifar.py"), "--data", "shapes"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     time.sleep(seconds)

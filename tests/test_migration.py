@@ -87,6 +87,7 @@ def test_the_page_shows_the_lines_of_the_files():
             count("lines of the migration page")
 
 
+@pytest.mark.slow
 def test_its_own_test_passes_anywhere(tmp_path):
     """As a reader runs it: in a process of its own, from another folder."""
     ended = subprocess.run(

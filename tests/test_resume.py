@@ -366,7 +366,7 @@ def killed_and_carried_on(children, side, runs_dir, moments, **settings):
     return ended, len(moments)
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("side", some(SIDES))
 def test_killed_and_carried_on(side, children, tmp_path):
     kills = 0
     # Within an epoch. At its boundary, while its checkpoint is written, then in the validation.
