@@ -81,9 +81,10 @@ class DeviceBatches:
 
 
 def _statistics(transform: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and spread of the pixels, as bytes, that a Normalize takes away: [3, 1, 1] each.
+    """Return mean and spread of the pixels, as bytes, that a transform takes away: [3, 1, 1].
 
     One subtraction and one division then do what dividing by 255 and Normalize do.
     """
-    mean, std = (transform.mean, transform.std) if transform else ([0.0], [1.0])
-    return tuple(255 * torch.tensor(x, device=device).view(-1, 1, 1) for x in (mean, std))  # type: ignore[return-value]
+    if not transform:
+        return torch.zeros(1, device=device), torch.full((1,), 255.0, device=device)
+    return 255 * transform.mean.to(device), 255 * transform.std.to(device)

@@ -108,10 +108,10 @@ def test_a_batch_goes_through_both_transforms():
 
 def test_pixels_are_those_of_the_recipes():
     assert {recipe.pixels for recipe in RECIPES.values()} <= data_module.PIXELS.keys()
-    black_and_white = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
-    signed = data_module.PIXELS["signed"](black_and_white)
+    black_and_white = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).repeat(1, 3, 1, 1)
+    signed = data_module.PIXELS["signed"](black_and_white.clone())
     assert signed.flatten().tolist() == [-1, -1, -1, 1, 1, 1]
-    imagenet = data_module.PIXELS["imagenet"](black_and_white)
+    imagenet = data_module.PIXELS["imagenet"](black_and_white.clone())
     # (0 - mean) / std and (1 - mean) / std, with the numbers of torchvision's documentation.
     black = [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]
     white = [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]
