@@ -18,7 +18,7 @@ from bench.parallel import machine_now, number, numbers
 from bench.report import fill, read_measured
 from bench.ring import markdown
 from bench.workers import lesson
-from common import ROOT, runs
+from common import ROOT, SIDES, runs
 from common.data import PIXELS, Data, Images, train_loader
 from common.messages import Parser, clear_messages
 from common.models import DeepNet, Net
@@ -60,7 +60,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 WARM_UP = 2  # steps before the clock starts
-SECONDS = 0.5  # that the steps of one measurement shall take
+SECONDS = 0.4  # that the steps of one measurement shall take
+PROFILED = (4, 128)  # batch sizes
 MODELS: dict[str, type[nn.Module]] = {"Net": Net, "DeepNet": DeepNet}
 WAYS = ("floor", "plain", "tutorial", "bare", "lesson", "defaults")
 COLORS = dict(
@@ -246,7 +247,7 @@ def measure(batch_sizes: list[int], rounds: int) -> dict[str, Any]:
         if case.way == "floor":  # also a warm-up: kernels are chosen, memory is fetched
             once = measure_one(case, data, 2)
         fits = len(images) // case.batch_size - WARM_UP - 1  # in one epoch
-        steps[case] = max(2, min(int(SECONDS / once), fits, 200))
+        steps[case] = max(2, min(int(SECONDS / once), fits, 400))
     times: dict[Case, list[float]] = {case: [] for case in cases}
     for turn in track(range(rounds), "measuring", disable=not sys.stdout.isatty()):
         # Every other round the other way about: who comes first shall not matter.
@@ -259,12 +260,12 @@ def measure(batch_sizes: list[int], rounds: int) -> dict[str, Any]:
         "steps": [
             {**case._asdict(), "count": steps[case], "seconds": times[case]} for case in cases
         ],
-        "profile": profile(data, rounds),
-        "start": [start(side) for side in ("plain", "lightning")],
+        "profile": [profile(data, rounds, size) for size in PROFILED if size in batch_sizes],
+        "start": [start(side) for _ in range(rounds) for side in SIDES],
     }
 
 
-# Where the lesson's extra time goes, with batches of four.
+# Where the lesson's extra time goes.
 
 
 class Watch:
@@ -294,8 +295,8 @@ class Watch:
         return lambda: setattr(owner, name, usual)
 
 
-def profile(data: Data, rounds: int) -> dict[str, Any]:
-    """Return the seconds of a step of the lesson, by what they go to, with batches of four."""
+def profile(data: Data, rounds: int, batch_size: int) -> dict[str, Any]:
+    """Return the seconds of a step of the lesson with Net, by what they go to."""
     from lightning.pytorch import callbacks, loops, trainer
     from lightning.pytorch.loops import fetchers
     from lightning.pytorch.trainer.connectors.logger_connector import logger_connector
@@ -321,15 +322,18 @@ def profile(data: Data, rounds: int) -> dict[str, Any]:
         # Not SGD.step: PyTorch would wrap it once more, and the clock hear of each step twice.
         (sys.modules["torch.optim.sgd"], "sgd", "the update itself"),
     ]  # fmt: skip
-    case, steps = Case("lesson", "Net", 4), 300
+    case = Case("lesson", "Net", batch_size)
+    steps = min(300, len(data.train) // batch_size - WARM_UP - 1)  # in one epoch
     without: dict[str, dict[str, Any]] = {
         "without the bar": dict(enable_progress_bar=False, callbacks=[]),
         "without the logger": dict(logger=False),
     }
     whole: list[float] = []
+    by_hand: list[float] = []
     timed: list[tuple[float, dict[str, float]]] = []
     less: dict[str, list[float]] = {what: [] for what in without}
     for _ in range(rounds):
+        by_hand.append(measure_one(case._replace(way="plain"), data, steps))
         whole.append(measure_one(case, data, steps))
         for what, more in without.items():
             less[what].append(without_(case, data, steps, more))
@@ -347,6 +351,7 @@ def profile(data: Data, rounds: int) -> dict[str, Any]:
     return {
         "case": case._asdict(),
         "seconds": median(whole),
+        "seconds_by_hand": median(by_hand),
         "seconds_while_watched": seconds,
         "parts": parts,
         "without": {what: median(s) for what, s in less.items()},
@@ -368,21 +373,30 @@ def without_(case: Case, data: Data, steps: int, more: dict[str, Any]) -> float:
         module.L.Trainer = usual
 
 
+# Starts a command and prints its peak memory. A process's own peak begins with the memory of the
+# one that started it: this one is large, and would be measured in place of its child.
+SMALL_PARENT = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
 def start(side: str) -> dict[str, Any]:
-    """Start a side of the lesson for one step; return seconds until its end, and its memory."""
+    """Start a side of the lesson for one step; return seconds until its end, and bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / side / "cifar.py"), "--data", "shapes"]
-        command += ["--runs-dir", folder, "--max-steps", "1", "--limit-test-batches", "1"]
+        command = [sys.executable, "-c", SMALL_PARENT, sys.executable]
+        command += [str(ROOT / side / "cifar.py"), "--data", "shapes", "--runs-dir", folder]
+        command += ["--max-steps", "1", "--limit-test-batches", "1"]
         began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _, _, usage = os.wait4(process.pid, 0)
+        peak = int(subprocess.check_output(command))
         took = time.perf_counter() - began
     imports = "import lightning" if side == "lightning" else "import torch"
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", imports], check=True)
     return {
         "side": side, "import": time.perf_counter() - began, "one_step": took,
-        "peak_memory": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_memory": peak * (1 if sys.platform == "darwin" else 1024),
     }  # fmt: skip
 
 
@@ -442,29 +456,40 @@ def goal_rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def profile_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Return where a step of the lesson goes, with batches of four."""
-    p = found["profile"]
-    rows = [["part of a step of the lesson, Net, batch of 4", "µs"]]
-    rows += [
-        [what, f"{1e6 * seconds:.0f}"]
-        for what, seconds in sorted(p["parts"].items(), key=lambda item: -item[1])
+    """Return where a step of the lesson goes: a column for each batch size that was profiled."""
+    rows = [["part of a step of the lesson, Net"]]
+    rows[0] += [f"batch of {p['case']['batch_size']}" for p in found["profile"]]
+    columns = [
+        {
+            **dict(sorted(p["parts"].items(), key=lambda item: -item[1])),
+            "the rest of the loop: counting, checking, asking who is due": (
+                p["seconds_while_watched"] - sum(p["parts"].values())
+            ),
+            "all, while it is watched": p["seconds_while_watched"],
+            "all, unwatched": p["seconds"],
+            **{f"all, unwatched, {what}": s for what, s in p["without"].items()},
+            "all, by hand: the plain lesson": p["seconds_by_hand"],
+        }
+        for p in found["profile"]
     ]
-    rest = p["seconds_while_watched"] - sum(p["parts"].values())
-    rows.append(
-        ["the rest of the loop: counting, checking, asking who is due", f"{1e6 * rest:.0f}"]
-    )
-    rows.append(["all, while it is watched", f"{1e6 * p['seconds_while_watched']:.0f}"])
-    rows.append(["all, unwatched", f"{1e6 * p['seconds']:.0f}"])
-    rows += [[f"all, unwatched, {what}", f"{1e6 * s:.0f}"] for what, s in p["without"].items()]
+    rows += [[what, *(f"{1e6 * c[what]:,.0f} µs" for c in columns)] for what in columns[0]]
     return rows
 
 
 def start_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Return what a start takes."""
+    """Return what a start takes: the median of the rounds, the least and the most."""
     rows = [["side", "import of its library", "the whole command, for one step", "peak memory"]]
-    for row in found["start"]:
-        memory = f"{row['peak_memory'] / 1e6:,.0f} MB"
-        rows.append([row["side"], f"{row['import']:.1f} s", f"{row['one_step']:.1f} s", memory])
+    shown = {
+        "import": (1, ".1f", "s"),
+        "one_step": (1, ".1f", "s"),
+        "peak_memory": (1e6, ".0f", "MB"),
+    }
+    for side in SIDES:
+        rows.append([side])
+        for what, (unit, form, name) in shown.items():
+            every = [row[what] / unit for row in found["start"] if row["side"] == side]
+            middle, least, most = (f"{x:{form}}" for x in (median(every), min(every), max(every)))
+            rows[-1].append(f"{middle} {name} ({least} to {most})")
     return rows
 
 

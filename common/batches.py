@@ -31,10 +31,20 @@ class DeviceBatches:
         flip: str = "none", translate: int = 0, drop_last: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:  # fmt: skip
-        # In the memory format already: then each batch comes out in it.
-        self.images = images.images.to(device, memory_format=memory_format)
-        self.labels = images.labels.to(device)
-        self.device, (self.mean, self.std) = device, _statistics(images.transform, device)
+        self.device, self.labels = device, images.labels.to(device)
+        self.channels_last = memory_format == torch.channels_last
+
+        def laid_out(images: Tensor) -> Tensor:
+            """Give the axes the order that they have in memory: then one image is one piece."""
+            images = images.permute(0, 2, 3, 1) if self.channels_last else images
+            return images.contiguous().to(device)
+
+        self.images = laid_out(images.images)
+        # As large as an image: to repeat three numbers for each pixel takes ten times as long.
+        self.mean, self.std = (
+            laid_out(each.expand(1, *images.images.shape[1:]))
+            for each in _statistics(images.transform)
+        )
         self.sampler = EpochSampler(len(images), seed)
         self.batch_size, self.drop_last, self.seed = batch_size, drop_last, seed
         self.flip, self.translate = flip, translate
@@ -50,7 +60,8 @@ class DeviceBatches:
         order = torch.tensor(list(self.sampler)).to(self.device)
         for number in range(len(self)):
             chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
-            images = self.images[chosen].float().sub_(self.mean).div_(self.std)
+            images = self.images.index_select(0, chosen).float().sub_(self.mean).div_(self.std)
+            images = images.permute(0, 3, 1, 2) if self.channels_last else images
             if mirrored is not None:
                 turn = mirrored[chosen].view(-1, 1, 1, 1)
                 images = torch.where(turn, images.flip(3), images)
@@ -80,11 +91,11 @@ class DeviceBatches:
         return padded[every, channels, rows, columns]
 
 
-def _statistics(transform: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def _statistics(transform: Any) -> tuple[Tensor, Tensor]:
     """Return mean and spread of the pixels, as bytes, that a transform takes away: [3, 1, 1].
 
     One subtraction and one division then do what dividing by 255 and Normalize do.
     """
     if not transform:
-        return torch.zeros(1, device=device), torch.full((1,), 255.0, device=device)
-    return 255 * transform.mean.to(device), 255 * transform.std.to(device)
+        return torch.zeros(1, 1, 1), torch.full((1, 1, 1), 255.0)
+    return 255 * transform.mean, 255 * transform.std

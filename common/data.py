@@ -83,7 +83,7 @@ class Images(Dataset):
         by 255: torchvision's v2.ToDtype(scale=True) multiplies by 1/255 instead, and that rounds
         some values differently in the last bit.
         """
-        # index_select copies an image at a time, self.images[indices] each value: six times as long.
+        # index_select copies a whole image at a time, where self.images[indices] copies each byte.
         chosen = torch.tensor(indices)
         images = self.images.index_select(0, chosen).float().div_(255)
         labels = self.labels.index_select(0, chosen)

@@ -138,11 +138,11 @@ class Convolve(nn.Sequential):
 
 
 class SmallNet(nn.Module):
-    """A network for a processor: 304,656 parameters, and a first layer that halves the image."""
+    """A network for a processor: 136,288 parameters, and a first layer that halves the image."""
 
-    def __init__(self, widths: tuple[int, int, int, int] = (24, 48, 96, 192)) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        a, b, c, d = widths
+        a, b, c, d = 16, 32, 64, 128
         stem = nn.Conv2d(3, a, 4, stride=2, padding=1, bias=False)
         self.stem = nn.Sequential(stem, nn.BatchNorm2d(a), nn.ReLU())
         self.down = nn.Sequential(Convolve(a, b, nn.ReLU()), Convolve(b, c, nn.ReLU()))
@@ -164,8 +164,9 @@ class Airbench(nn.Module):
     not trained but for its bias, the principal components of the images' patches of 2 by 2 pixels.
     """
 
-    def __init__(self, widths: tuple[int, int, int] = (64, 256, 256)) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        widths = (64, 256, 256)
         self.whitening = nn.Conv2d(3, 24, 2)
         self.whitening.weight.requires_grad_(False)
         blocks: list[nn.Module] = []

@@ -122,19 +122,20 @@ class Muon(Optimizer):
         return loss
 
     def _muon(self, p: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
-        mean = state.setdefault("momentum_buffer", torch.zeros_like(p))
-        mean.lerp_(grad, 1 - group["momentum"])
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        mean = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
         update = orthogonalized(grad.lerp(mean, group["momentum"]).flatten(1))  # Nesterov's
         rows, columns = update.shape
         p.add_(update.view_as(p), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def _adam(self, p: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
-        mean = state.setdefault("exp_avg", torch.zeros_like(p))
-        square = state.setdefault("exp_avg_sq", torch.zeros_like(p))
-        state["step"] = state.get("step", 0) + 1
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
         first, second = group["betas"]
-        mean.lerp_(grad, 1 - first)
-        square.lerp_(grad.square(), 1 - second)
+        mean = state["exp_avg"].lerp_(grad, 1 - first)
+        square = state["exp_avg_sq"].lerp_(grad.square(), 1 - second)
         size = (square / (1 - second ** state["step"])).sqrt_().add_(1e-8)
         p.addcdiv_(mean, size, value=-group["lr"] / (1 - first ** state["step"]))
 
@@ -150,7 +151,8 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     x = x.T if tall else x
     for _ in range(3):
         a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a @ a
+        x = torch.addmm(x, b, x, beta=3.4445)  # 3.4445 x + b @ x
     return x.T if tall else x
 
 

@@ -5,11 +5,18 @@ from bench.report import fill
 from common import ROOT
 from common.data import PIXELS, Data, Images
 from common.messages import BadInput
+from common.options import parse_options
+from common.recipes import RECIPES
 from common.shapes import CLASSES, draw_shapes
 
 import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from statistics import mean
 
+import numpy as np
 import pytest
 from helpers import SIDES, count
 
@@ -55,6 +62,14 @@ def test_a_watch_takes_inner_times_out_of_outer_ones(monkeypatch):
     assert Calls().outer() == 7 and watch.seconds["inner"] == 2.0
 
 
+def test_the_memory_measured_is_the_childs_own():
+    """Not that of the process that starts it, with which every child begins on Linux."""
+    ours = np.ones(50_000_000)  # 400 MB
+    command = [sys.executable, "-c", overhead.SMALL_PARENT, sys.executable, "-c", "pass"]
+    peak = int(subprocess.check_output(command)) * (1 if sys.platform == "darwin" else 1024)
+    assert 1e6 < peak < ours.nbytes / 4
+
+
 def test_what_was_measured_is_whole():
     assert {row["way"] for row in MEASURED["steps"]} == set(overhead.WAYS)
     assert {row["model"] for row in MEASURED["steps"]} == {"Net", "DeepNet"}
@@ -62,6 +77,8 @@ def test_what_was_measured_is_whole():
     assert len(MEASURED["steps"]) == 48
     assert all(len(row["seconds"]) >= 5 for row in MEASURED["steps"])
     assert all(row["count"] >= 2 for row in MEASURED["steps"])
+    assert [p["case"]["batch_size"] for p in MEASURED["profile"]] == [4, 128]
+    assert [row["side"] for row in MEASURED["start"]] == [*SIDES] * 5
 
 
 def test_the_pages_show_what_was_measured():
@@ -92,14 +109,24 @@ def test_speed_is_as_good_as_the_tutorial_in_a_tenth_of_the_time():
     """As it was measured; no test measures a time."""
     for side in SIDES:
         fast, slow = (
-            [r for r in SEEDS["seeds"] if (r["lesson"], r["side"]) == (name, side)]
-            for name in ("speed", "cifar")
+            [r for r in SEEDS["seeds"] if (r["what"], r["side"]) == (what, side)]
+            for what in ("speed", "cifar")
         )
         assert [r["seed"] for r in fast] == [r["seed"] for r in slow] == [0, 1, 2, 3, 4]
         assert mean(r["test"] for r in fast) >= 0.542
         spent = (mean(r["cpu_seconds"] for r in runs) for runs in (fast, slow))
         assert next(spent) <= 0.1 * next(spent)
     assert {r["means"] for r in SEEDS["means"]} == set(seeds.MEANS)
+
+
+def test_the_small_network_is_measured_with_the_pages_command():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    words = re.search(r'make plain-speed ARGS="(--network small[^"]*)"', page)[1].split()
+    recipe, options = parse_options("speed", words)
+    name, settings = seeds.COMPARED["speed, small network"]
+    settings = dict(settings)
+    assert options.limit_train_batches == settings.pop("limit_train_batches")
+    assert recipe == replace(RECIPES[name], **settings)
 
 
 def test_bad_input_is_one_sentence(tmp_path):
