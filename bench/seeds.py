@@ -169,9 +169,9 @@ def text_of(found: dict[str, Any]) -> str:
         f"Measured on {m['cpu']}, {m['cores']} cores, load {m['load_average_at_start']} before it "
         f"began; Python {v['python']}, torch {v['torch']}, lightning {v['lightning']}; the real "
         "CIFAR-10; each training in a process of its own, on one thread. "
-        f"Seeds {', '.join(map(str, seeds))} for "
-        f"the first table, {', '.join(map(str, few))} for the second, whose accuracies are those "
-        "of the validation images, since the recipe was chosen by them. The processor's time is "
+        f"Seeds {', '.join(map(str, seeds))} for the first table, {', '.join(map(str, few))} for "
+        "its small network and for the second table, whose accuracies are those of the validation "
+        "images, since the recipe was chosen by them. The processor's time is "
         "that of fit: training, and the validation after each epoch. Both sides ended with the "
         "same weights, for every seed."
     )
