@@ -202,13 +202,7 @@ def main(argv: list[str]) -> None:
     )
     add = parser.add_argument
     add("--seeds", type=number, default=5, metavar="N", help="for the comparison with cifar")
-    add(
-        "--few",
-        type=number,
-        default=3,
-        metavar="N",
-        help="seeds for each of the means, and for the small network",
-    )
+    add("--few", type=number, default=3, metavar="N", help="for the means and the small network")
     add("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "data")), metavar="DIR",
         help="the folder with the real images")  # fmt: skip
     add("--output", type=Path, default=ROOT / "docs" / "speed", metavar="DIR", help="for results")

@@ -1,8 +1,8 @@
 """The images: found or drawn, split, and handed out as whole normalised batches.
 
 All images of a split are one uint8 tensor, and a batch is cut out of it and normalised in one go.
-That takes 1 ms for 128 images; opened one by one through PIL they take 33 ms, longer than the
-training step itself.
+That takes half a millisecond for 128 images; opened one by one through PIL they take longer than
+the training step itself (docs/speed.md).
 """
 
 from common import shapes

@@ -75,7 +75,7 @@ def accuracy_after_one_epoch(model, data, recipe):
         return (model(images).argmax(1) == labels).float().mean().item()
 
 
-# The lesson's own batches take 30 seconds; eight times as large at eight times the rate, five.
+# The lesson's own batches take 30 seconds; eight times as large at eight times the rate, a third.
 @pytest.mark.parametrize("batch_size", [pytest.param(4, marks=pytest.mark.slow), 32])
 def test_the_network_learns_them_and_a_linear_model_does_not(batch_size):
     recipe = RECIPES["cifar"]
