@@ -63,7 +63,7 @@ parity: .venv/ready ## prove it for every lesson, and print one table; only opti
 doctor: .venv/ready ## name the first difference of two traced runs: make doctor A=loop.trace B=port.trace
 	@test -n "$(A)" && test -n "$(B)" || { \
 		echo "error: doctor needs two traces: make doctor A=loop.trace B=port.trace; docs/doctor.md says how to make them" >&2; exit 2; }
-	@$(BIN)/python -m common.doctor "$(A)" "$(B)"
+	@$(BIN)/python -m samebits "$(A)" "$(B)"
 
 controls: .venv/ready ## try the doctor on single changes and on equal runs; write the tables of docs/doctor.md
 	@$(BIN)/python tests/controls.py
@@ -106,7 +106,7 @@ lock: .venv/ready ## write requirements.lock anew from pyproject.toml, for every
 setup: .venv/ready ## set up .venv; the others do it by themselves
 
 clean: ## remove .venv and what the tools left; runs/ and data/ stay
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 
 # `ready` is written last, so that an interrupted set-up begins again.
 .venv/ready: requirements.lock
@@ -126,4 +126,6 @@ clean: ## remove .venv and what the tools left; runs/ and data/ stay
 	@uv=$$(command -v uv || echo $(BIN)/uv) && \
 		$$uv pip sync $$(test -t 2 || echo --quiet) --python $(BIN)/python --require-hashes requirements.lock && \
 		$$uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+# Only samebits is installed. `common` is found by the path: its name is too common for others.
+	@pwd >"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/repository.pth"
 	@touch $@

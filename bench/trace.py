@@ -7,7 +7,6 @@ without, with their spread, and the size of the files; writes nothing else.
 
 from common.messages import Parser, clear_messages
 from common.models import DeepNet, Net
-from common.trace import Trace
 
 import contextlib
 import platform
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from samebits import Trace
 
 THIN = 10
 

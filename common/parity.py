@@ -4,13 +4,11 @@
 compares the two results and prints a table. Without a lesson it does so for all of them, and ends
 with one table. Exit status 0: all agree; 1: they differ; 2: they cannot be compared.
 
-`compare` and `assert_parity` do the same for two traces of any code; they are in common.doctor.
+`compare` and `assert_parity` do the same for two traces of any code; they are in samebits.
 """
 
 from common import ROOT, SIDES, pretrained
 from common.data import is_here
-from common.doctor import assert_parity as assert_parity
-from common.doctor import compare as compare
 from common.messages import BadInput, clear_messages
 from common.options import Options, parse_options
 from common.recipes import RECIPES, Recipe
@@ -28,6 +26,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from samebits import assert_parity as assert_parity
+from samebits import compare as compare
 
 Result = dict[str, Any]  # what common.runs.Run.result returns, and result.json holds
 

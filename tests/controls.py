@@ -5,9 +5,7 @@ docs/doctor.md. tests/test_doctor.py runs the same (a part in `make test`, all i
 """
 
 from common import ROOT
-from common.doctor import Diagnosis, compare
 from common.messages import clear_messages
-from common.trace import Trace
 
 import contextlib
 import functools
@@ -22,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import NOISY, SIDES, Noisy, lessons, train
+from samebits import Diagnosis, Trace, compare
 from torch import nn
 
 PAGE = ROOT / "docs" / "doctor.md"

@@ -1,10 +1,6 @@
 """The doctor finds each single change where it is, names it, and finds nothing in equal runs."""
 
-from common import ROOT, doctor
-from common.doctor import STAGES, Diagnosis
-from common.messages import BadInput
-from common.parity import assert_parity, compare
-from common.trace import Trace
+from common import ROOT
 
 import ast
 import re
@@ -15,6 +11,7 @@ import controls
 import pytest
 import torch
 from helpers import count, some
+from samebits import STAGES, BadInput, Cause, Diagnosis, Trace, assert_parity, compare
 from test_trace import noisy, steps
 from torch import nn
 
@@ -155,7 +152,7 @@ def test_assert_parity_says_it_in_fifteen_lines(tmp_path):
 
 
 def test_no_diagnosis_is_longer_than_fifteen_lines():
-    cause = doctor.Cause("name", "evidence", "page")
+    cause = Cause("name", "evidence", "page")
     long = Diagnosis(9, "batch", 3, "what", 4, 0.1, False, (cause,) * 20, ("remark",) * 20)
     assert len(str(long).splitlines()) == 15
 
@@ -170,7 +167,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "common.doctor", *arguments],
+        [sys.executable, "-m", "samebits", *arguments],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -192,7 +189,8 @@ def test_every_page_that_a_cause_names_exists():
     anchors = set(re.findall(r'<a id="([^"]+)">', (ROOT / "docs" / "pitfalls.md").read_text()))
     calls = [
         node
-        for node in ast.walk(ast.parse((ROOT / "common" / "causes.py").read_text()))
+        for path in (ROOT / "common" / "doctor").glob("causes_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Cause"
     ]
     pages = [call.args[2].value for call in calls if len(call.args) == 3]

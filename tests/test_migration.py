@@ -1,8 +1,6 @@
 """docs/migration.md: each step of it is gone through, and must say what the page says."""
 
 from common import ROOT
-from common.doctor import compare
-from common.trace import Trace, callback
 
 import re
 import subprocess
@@ -13,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import count
+from samebits import Trace, callback, compare
 
 FOLDER = ROOT / "docs" / "migration"
 PAGE = (ROOT / "docs" / "migration.md").read_text()

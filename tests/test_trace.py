@@ -1,10 +1,5 @@
 """A trace changes nothing in what it watches, and is whole or not there."""
 
-from common import trace as trace_module
-from common.doctor import compare
-from common.messages import BadInput
-from common.trace import Trace, callback, fingerprint, read
-
 import copy
 import gzip
 import io
@@ -17,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from controls import trace
 from helpers import SIDES, Noisy, count, train
+from samebits import BadInput, Trace, callback, compare, fingerprint, read
+from samebits.files import FORMAT
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -272,7 +269,7 @@ def test_what_is_no_trace_is_refused(tmp_path):
         with pytest.raises(BadInput, match="make it again"):
             read(path)
         count("refusals of a trace")
-    newer = [json.dumps({"trace": trace_module.FORMAT + 1}), json.dumps({"end": 0})]
+    newer = [json.dumps({"trace": FORMAT + 1}), json.dumps({"end": 0})]
     path.write_bytes(gzip.compress("\n".join(newer).encode()))
     with pytest.raises(BadInput, match="no trace of format"):
         read(path)

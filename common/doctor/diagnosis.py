@@ -1,23 +1,19 @@
 """Hold two traces against each other, find the first difference, and name its likely cause.
 
-`python -m common.doctor A.trace B.trace` prints the diagnosis. Exit status 0: the runs are equal;
-1: they differ; 2: they cannot be compared. `common.trace` makes the traces; `assert_parity` is the
-same for a test.
-
 What follows a difference differs too and says nothing. So only the first one is diagnosed, in the
-order in which a step happens: STAGES. The causes are in common.causes.
+order in which a step happens: STAGES.
 """
 
-from common import causes
-from common.causes import Cause, Found, Line, Run, differ, size, tensors
-from common.messages import BadInput, Parser, clear_messages
-
 import json
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from . import causes_input, causes_network, causes_step
+from .evidence import Cause, Found, differ, is_rounding, named, size, tensors
+from .files import Line, Run, weights_before
+from .messages import BadInput
 
 STAGES = {
     "start": "the initial weights",
@@ -125,11 +121,13 @@ def _first_difference(a: Run, b: Run, remarks: tuple[str, ...]) -> Diagnosis:
         harmless = harmless or _harmless(x, y)
     if len(a.steps) != len(b.steps) or steps != b.end["end"]:
         step = min(steps, b.end["end"]) + 1
-        return _diagnosis(steps, step, causes.other_length(a, b), remarks)
+        return _diagnosis(steps, step, causes_step.other_length(a, b), remarks)
     if a.end["weights"] or b.end["weights"]:
         ours = a.end["weights"] or a.step(-1)["weights"]
         theirs = b.end["weights"] or b.step(-1)["weights"]
-        if found := tensors("weights", ours, theirs, lambda rounding: [causes.CHANGED_AFTERWARDS]):
+        if found := tensors(
+            "weights", ours, theirs, lambda rounding: [causes_step.CHANGED_AFTERWARDS]
+        ):
             return _diagnosis(steps, steps + 1, found, remarks)
     return Diagnosis(steps, remarks=(*remarks, *[harmless] * bool(harmless)))
 
@@ -159,8 +157,8 @@ def _diagnosis(steps: int, step: int, found: Found, remarks: tuple[str, ...]) ->
 def _start(a: Run, b: Run) -> Found | None:
     """Compare the initial weights: names and shapes first."""
     ours, theirs = a.head["start"], b.head["start"]
-    return causes.other_network(ours, theirs) or tensors(
-        "start", ours, theirs, partial(causes.start_causes, a, b)
+    return causes_input.other_network(ours, theirs) or tensors(
+        "start", ours, theirs, partial(causes_input.start_causes, a, b)
     )
 
 
@@ -169,19 +167,21 @@ def _step(a: Run, b: Run, index: int, x: Line, y: Line) -> Found | None:
     for place in range(min(len(x["batches"]), len(y["batches"]))):
         ours, theirs = x["batches"][place], y["batches"][place]
         found = _forward(a, b, index, place, ours, theirs) or tensors(
-            "loss", ours["loss"], theirs["loss"], partial(causes.loss_causes, x, y, place)
+            "loss", ours["loss"], theirs["loss"], partial(causes_network.loss_causes, x, y, place)
         )
         if found:
             return found
     if len(x["batches"]) != len(y["batches"]):
-        return causes.other_count(x, y)
+        return causes_step.other_count(x, y)
     # Only where it is needed: the step before has to be read again for it.
-    before = causes.weights_before(a, index) if x["weights"] != y["weights"] else None
-    update = partial(causes.update_causes, a, b, index, x, y)
+    before = weights_before(a, index) if x["weights"] != y["weights"] else None
+    update = partial(causes_step.update_causes, a, b, index, x, y)
     return (
-        tensors("gradient", x["fresh"], y["fresh"], partial(causes.gradient_causes, a, b, x, y))
-        or tensors("clipping", x["used"], y["used"], partial(causes.clipping_causes, x, y))
-        or causes.settings(a, b, index, x, y)
+        tensors(
+            "gradient", x["fresh"], y["fresh"], partial(causes_step.gradient_causes, a, b, x, y)
+        )
+        or tensors("clipping", x["used"], y["used"], partial(causes_step.clipping_causes, x, y))
+        or causes_step.settings(a, b, index, x, y)
         or tensors("update", x["weights"], y["weights"], update, before)
         or tensors("update", x["state"], y["state"], update)
     )
@@ -191,18 +191,18 @@ def _forward(a: Run, b: Run, index: int, place: int, x: Line, y: Line) -> Found 
     """Compare one forward pass."""
     for one, other in zip(x["inputs"], y["inputs"], strict=False):
         if differ(one, other):
-            found = causes.batch_causes(a, b, index, place, x, y)
+            found = causes_input.batch_causes(a, b, index, place, x, y)
             how_far = size(one, other)
-            names = dict.fromkeys(map(causes.named, (one, other)))
+            names = dict.fromkeys(map(named, (one, other)))
             what = " and ".join(names)  # once, where shape and type are equal
-            rounding = causes.is_rounding(how_far, one, other)
+            rounding = is_rounding(how_far, one, other)
             return Found("batch", what, found, 0, how_far, rounding)
     if len(x["inputs"]) != len(y["inputs"]):
         what = f"{len(x['inputs'])} and {len(y['inputs'])} tensors"
         return Found("batch", what, [Cause("Another input", "the networks get other arguments.")])
     if x["mode"] != y["mode"] and len(x["mode"]) == len(y["mode"]):
-        return causes.other_mode(a, x, y)
-    return causes.changed(a, b, index, x, y) or _output(a, b, x, y)
+        return causes_network.other_mode(a, x, y)
+    return causes_network.changed(a, b, index, x, y) or _output(a, b, x, y)
 
 
 def _output(a: Run, b: Run, x: Line, y: Line) -> Found | None:
@@ -216,8 +216,8 @@ def _output(a: Run, b: Run, x: Line, y: Line) -> Found | None:
     names = [n for n in ours if n in theirs and differ(ours[n], theirs[n])]
     one, other = ours[names[0]], theirs[names[0]]
     how_far = size(one, other)
-    rounding = causes.is_rounding(how_far, one, other)
-    stage, found = causes.output_causes(a, b, names[0], x, y, rounding)
+    rounding = is_rounding(how_far, one, other)
+    stage, found = causes_network.output_causes(a, b, names[0], x, y, rounding)
     return Found(stage, f"output of {names[0]}", found, len(names) - 1, how_far, rounding)
 
 
@@ -268,25 +268,3 @@ def _remarks(a: Run, b: Run) -> tuple[str, ...]:
         elif ours[name] != theirs.get(name):
             differ.append(f"{name} {ours[name]} and {theirs.get(name)}")
     return (f"The runs were not made alike: {'; '.join(differ)}.",) if differ else ()
-
-
-# From here on: the command.
-
-
-def main(argv: list[str]) -> int:
-    """Diagnose two traces; return the exit status."""
-    parser = Parser(
-        prog="python -m common.doctor",
-        description="Find the first difference of two traced runs, and name its likely cause.",
-    )
-    parser.add_argument("a", metavar="A.trace", help="a trace, made by common.trace")
-    parser.add_argument("b", metavar="B.trace", help="the trace of the other run")
-    arguments = parser.parse_args(argv)
-    diagnosis = compare(arguments.a, arguments.b)
-    print(f"A is {arguments.a}, B is {arguments.b}.\n{diagnosis}")
-    return 0 if diagnosis.equal else 1
-
-
-if __name__ == "__main__":
-    with clear_messages():
-        sys.exit(main(sys.argv[1:]))

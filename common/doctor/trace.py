@@ -4,14 +4,13 @@
         train(net, ...)          # any code: a loop by hand, trainer.fit, a stranger's
 
 Nothing in that code changes, and it reaches the same bits with the trace as without it: the hooks
-only read, and draw no random number. `common.doctor` holds two such files against each other.
+only read, and draw no random number. `samebits a.trace b.trace` holds two such files against each
+other.
 
 A trace is JSON, one line for each optimizer step, compressed by gzip. What costs is that all
 tensors of a step are read once more: docs/doctor.md has the measurement. `every=10` records the
 steps 1, 11, 21 ... alone.
 """
-
-from common.messages import BadInput
 
 import functools
 import gzip
@@ -20,7 +19,6 @@ import json
 import platform
 import random
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,9 +30,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
 
-FORMAT = 1  # raised when the content of a trace changes
-BUCKETS, COLUMNS = 16, 1024  # of a sketch, see below
-EXCERPT = 48  # values of the first sample that are written out
+from .files import FORMAT
+from .fingerprints import between, digest, excerpt, fingerprint, raw_bytes, rows
+from .messages import BadInput
 
 
 class Trace:
@@ -154,8 +152,8 @@ class Trace:
         self.batches.append(
             {
                 "inputs": [fingerprint(x) for x in inputs],
-                "rows": _rows(inputs),
-                "excerpt": _excerpt(inputs),
+                "rows": rows(inputs),
+                "excerpt": excerpt(inputs),
                 "mode": "".join(str(int(m.training)) for m in self.names),
                 # All weights again only where somebody changed them since the last step.
                 "changed": {} if state == self.after else self._weights(),
@@ -190,14 +188,14 @@ class Trace:
     def _loss(self, batch: dict, place: int, gradient: Tensor) -> None:
         """The loss's gradient with respect to an output: all that the backward pass is told."""
         batch["loss"][f"output {place + 1}"] = fingerprint(gradient)
-        batch["loss_rows"], batch["loss_excerpt"] = _rows([gradient]), _excerpt([gradient])
+        batch["loss_rows"], batch["loss_excerpt"] = rows([gradient]), excerpt([gradient])
 
     def _evaluated(self, inputs: list[Tensor]) -> None:
         """Count a forward pass without gradients, as in a validation."""
         seen = self.evaluation
         seen["batches"] += 1
         seen["mode"] = "".join(str(int(m.training)) for m in self.names)
-        seen["rows"] = _digest((seen["rows"] + "".join(_rows(inputs))).encode())
+        seen["rows"] = digest((seen["rows"] + "".join(rows(inputs))).encode())
 
     # The backward pass.
 
@@ -254,7 +252,7 @@ class Trace:
                 "without_backward": len(self.batches) - len(trained),
                 "fresh": {name: fingerprint(g) for name, g in self.fresh.items()},
                 "used": {name: fingerprint(g) for name, g in used.items()},
-                "between": _between(self.fresh, used, self.used),
+                "between": between(self.fresh, used, self.used),
                 "optimizer": type(optimizer).__name__,
                 "groups": [
                     {"params": names} | {k: _plain(v) for k, v in group.items() if k != "params"}
@@ -278,7 +276,7 @@ class Trace:
         """Return one digest of all parameters and buffers."""
         digest = hashlib.sha256()
         for value in _tensors(self.model).values():
-            digest.update(_bytes(value))
+            digest.update(raw_bytes(value))
         return digest.hexdigest()[:16]
 
     def _optimizer_state(self, optimizer: Optimizer) -> dict[str, dict]:
@@ -301,151 +299,6 @@ class _Silent:
     def _end(self, *args: Any) -> None: ...
 
 
-def callback(base: type, path: Path | str, every: int = 1) -> Any:
-    """Return a callback for the Trainer that traces `fit`.
-
-    `base` is your Lightning's class Callback, from `import lightning as L` or from
-    `import pytorch_lightning as pl`; the two do not mix, and nothing here imports either:
-
-        L.Trainer(callbacks=[callback(L.Callback, "port.trace")])
-
-    Of a LightningModule that keeps its network in one attribute, that network is traced, so that
-    parameters have the names that they have in a loop by hand.
-    """
-
-    def on_fit_start(self: Any, trainer: Any, module: nn.Module) -> None:
-        self.trace = Trace(_network(module), path=path, every=every).__enter__()
-
-    def on_fit_end(self: Any, trainer: Any, module: nn.Module) -> None:
-        self.trace.__exit__(None, None, None)
-
-    def on_exception(self: Any, trainer: Any, module: nn.Module, error: BaseException) -> None:
-        if hasattr(self, "trace"):
-            self.trace.__exit__(type(error), error, None)
-
-    methods: dict[str, Callable] = {
-        "on_fit_start": on_fit_start, "on_fit_end": on_fit_end, "on_exception": on_exception,
-    }  # fmt: skip
-    return type("TraceCallback", (base,), methods)()
-
-
-def _network(module: nn.Module) -> nn.Module:
-    """Return the one attribute that has all parameters, or the module itself."""
-    own = set(module.parameters())
-    for child in module.children():
-        if set(child.parameters()) == own:
-            return child
-    return module
-
-
-# What is written of a tensor.
-
-
-def fingerprint(tensor: Tensor) -> dict[str, Any]:
-    """Return what identifies a tensor and what tells how far two of them are apart.
-
-    `bits` is a digest of its bytes: equal bits, equal tensors. `norm` is the Euclidean norm, `sum`
-    the sum, `max` the largest magnitude, `zeros` how many values are 0. `sketch` are 16 sums of
-    the values with random signs, the same for all tensors of that size; the norm of the difference
-    of two sketches is, but for a third of it, that of the tensors' difference (a count sketch:
-    Charikar, Chen and Farach-Colton 2002, https://doi.org/10.1007/3-540-45465-9_59).
-    """
-    tensor = tensor.detach()
-    values = tensor.to("cpu", torch.float64).flatten().numpy()
-    with np.errstate(all="ignore"):  # a training that diverges is recorded, too
-        return {
-            "bits": _digest(_bytes(tensor)),
-            "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "norm": _short(float(np.linalg.norm(values))),
-            "sum": _short(float(values.sum())),
-            "max": _short(float(np.abs(values).max(initial=0))),
-            "zeros": len(values) - int(np.count_nonzero(values)),
-            "sketch": [_short(x) for x in _sketch(values).tolist()],
-        }
-
-
-def _sketch(values: np.ndarray) -> np.ndarray:
-    """Add up the values with signs, in 16 buckets [16].
-
-    The sign of a value is the product of those of its row and of its column in a table of 1,024
-    columns: two values have independent signs, and few numbers make them all.
-    """
-    rows = -(-len(values) // COLUMNS)
-    if len(values) < COLUMNS:
-        signed = values * _signs(0, COLUMNS)[: len(values)]
-    else:
-        table = np.zeros(rows * COLUMNS)
-        table[: len(values)] = values
-        signed = _signs(1, rows) @ table.reshape(rows, COLUMNS) * _signs(0, COLUMNS)
-    padded = np.zeros(COLUMNS)
-    padded[: len(signed)] = signed
-    return padded.reshape(-1, BUCKETS).sum(0)
-
-
-@functools.cache
-def _signs(seed: int, count: int) -> np.ndarray:
-    """Return `count` signs; from a generator of their own, so that the training draws its own."""
-    return np.random.default_rng(seed).integers(0, 2, count) * 2.0 - 1
-
-
-def _between(
-    fresh: dict[str, Tensor], used: dict[str, Tensor], before: dict[str, Tensor]
-) -> dict[str, Any]:
-    """Say what became of the gradients between the backward passes and the step.
-
-    `same` tells whether they are those that the backward passes gave. If not, `cosine` is that of
-    the angle between both (1: only their length changed) and `ratio` of their lengths; and
-    `left_over` the cosine between what was added and the gradients of the step before.
-    """
-    names = [name for name in used if name in fresh]
-    if not names or all(torch.equal(used[name], fresh[name]) for name in names):
-        return {"same": True}
-    ours, theirs = _flat(used, names), _flat(fresh, names)
-    said = {"same": False, "cosine": _cosine(ours, theirs)}
-    said["ratio"] = _short(float(ours.norm() / theirs.norm()))
-    if all(name in before for name in names):
-        said["left_over"] = _cosine(ours - theirs, _flat(before, names))
-    return said
-
-
-def _flat(tensors: dict[str, Tensor], names: list[str]) -> Tensor:
-    return torch.cat([tensors[name].to("cpu", torch.float64).flatten() for name in names])
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    return _short(float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300)))
-
-
-def _rows(tensors: list[Tensor]) -> list[str]:
-    """Return a digest for each sample of a batch, the first dimension of the first tensor."""
-    if not tensors or tensors[0].dim() == 0:
-        return []
-    return [_digest(_bytes(row), 4) for row in tensors[0].detach().cpu()]
-
-
-def _excerpt(tensors: list[Tensor]) -> list[float]:
-    """Return some values of the first sample [48], evenly spaced; all where there are fewer."""
-    if not tensors or tensors[0].dim() == 0 or not len(tensors[0]):
-        return []
-    values = tensors[0][0].detach().flatten()
-    places = torch.linspace(0, len(values) - 1, min(EXCERPT, len(values))).long()
-    return [_short(x) for x in values[places.to(values.device)].double().tolist()]
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _digest(content: bytes, size: int = 8) -> str:
-    return hashlib.sha256(content).hexdigest()[: 2 * size]
-
-
-def _short(number: float) -> float:
-    """Return a number with 10 digits: enough for its size; the bits tell what is equal."""
-    return float(f"{number:.10g}")
-
-
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and buffers, also those that the state_dict leaves out."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -455,12 +308,12 @@ def _random_states() -> dict[str, str]:
     """Return digests of the states of the global random generators."""
     state: Any = np.random.get_state()
     states = {
-        "torch": _digest(torch.get_rng_state().numpy().tobytes()),
-        "numpy": _digest(state[1].tobytes() + bytes([state[2] % 256])),
-        "random": _digest(np.array(random.getstate()[1]).tobytes()),
+        "torch": digest(torch.get_rng_state().numpy().tobytes()),
+        "numpy": digest(state[1].tobytes() + bytes([state[2] % 256])),
+        "random": digest(np.array(random.getstate()[1]).tobytes()),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = _digest(torch.cuda.get_rng_state().numpy().tobytes())
+        states["cuda"] = digest(torch.cuda.get_rng_state().numpy().tobytes())
     return states
 
 
@@ -496,29 +349,3 @@ def _plain(value: Any) -> Any:
 
 def _no_evaluation() -> dict[str, Any]:
     return {"batches": 0, "mode": "", "rows": ""}
-
-
-# Reading a trace.
-
-
-def read(path: Path | str) -> list[str]:
-    """Return the lines of a trace, as they are written.
-
-    Raises BadInput where there is no such file, or it is no trace of this format.
-    """
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = file.read().splitlines()
-        head, end = json.loads(lines[0]), json.loads(lines[-1])
-    except FileNotFoundError as error:
-        part = Path(f"{path}.part").exists()
-        why = "only its beginning, .part: the run was killed, or still goes on" if part else ""
-        raise BadInput(
-            f"there is no trace '{path}'{'; ' + why if why else ''}; "
-            "make one: with Trace(net, path=...), see docs/doctor.md."
-        ) from error
-    except (OSError, EOFError, ValueError, IndexError) as error:
-        raise BadInput(f"'{path}' is no trace, or not a whole one; make it again.") from error
-    if not isinstance(head, dict) or head.get("trace") != FORMAT or "end" not in end:
-        raise BadInput(f"'{path}' is no trace of format {FORMAT}; make it again.")
-    return lines

@@ -1,12 +1,10 @@
 """The proof that the port trains as the loop does: `python -m pytest test_port.py`."""
 
-from common.parity import assert_parity
-from common.trace import Trace, callback
-
 import lightning as L
 import loop
 import port
 import torch
+from samebits import Trace, assert_parity, callback
 
 
 def test_port_trains_as_the_loop(tmp_path):
