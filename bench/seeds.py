@@ -12,7 +12,7 @@ from bench.report import fill, read_measured
 from bench.ring import markdown
 from bench.workers import lesson
 from common import ROOT, SIDES, runs
-from common.data import is_here
+from common.download import is_here
 from common.messages import BadInput, Parser, Stopped, clear_messages
 from common.options import Options
 from common.recipes import RECIPES

@@ -6,17 +6,13 @@ the training step itself (docs/speed.md).
 """
 
 from common import shapes
+from common.download import Source, Unreachable, read_real, source
+from common.download import is_here as is_here
 from common.messages import BadInput, notice
-from common.options import Options, count_batches, is_writable
+from common.options import Options, count_batches
 from common.recipes import Recipe
 
-import contextlib
 import math
-import os
-import socket
-import tempfile
-import threading
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets import CIFAR10, FashionMNIST
-from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
 VALIDATION = 5_000  # images taken out of those to train on
 # Evaluation keeps no gradients, so that large batches fit. The last one is short (5,000 = 9 * 512
 # + 392), which is why averages must count samples and not batches.
 EVAL_BATCH_SIZE = 512
-NETWORK_SECONDS = 8.0  # how long to wait for the server before saying that there is no network
 
 
 class Normalize:
@@ -234,53 +227,6 @@ def load_data(recipe: Recipe, options: Options) -> Data:
     return data
 
 
-@dataclass(frozen=True)
-class Source:
-    """What torchvision knows of a real data set: where it lies and comes from, with md5 sums."""
-
-    title: str
-    folder: str  # below the data folder
-    files: dict[str, str]  # name in the folder: md5 sum
-    archives: tuple[tuple[str, str, str], ...]  # (address, file name, md5 sum)
-
-
-def source(name: str) -> Source:
-    """Return what is known of a real data set: cifar10 or fashionmnist."""
-    if name == "cifar10":
-        meta = (CIFAR10.meta["filename"], CIFAR10.meta["md5"])
-        return Source(
-            "CIFAR-10",
-            CIFAR10.base_folder,
-            dict([*CIFAR10.train_list, *CIFAR10.test_list, meta]),
-            ((CIFAR10.url, CIFAR10.filename, CIFAR10.tgz_md5),),
-        )
-    assert name == "fashionmnist", name
-    return Source(
-        "FashionMNIST",
-        "FashionMNIST/raw",
-        FASHION_FILES,
-        tuple((FashionMNIST.mirrors[0] + file, file, md5) for file, md5 in FashionMNIST.resources),
-    )
-
-
-# torchvision has the sums of the packed files alone.
-FASHION_FILES = {
-    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
-    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
-    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
-}
-
-
-def is_here(folder: Path, name: str) -> bool:
-    """Tell whether the real images are in a data folder, whole or damaged."""
-    return (folder / source(name).folder).is_dir()
-
-
-class Unreachable(Exception):
-    """The data could not be downloaded; the text says why."""
-
-
 def _split(
     name: str, classes: tuple[str, ...], train: Images, test: Images, recipe: Recipe
 ) -> Data:
@@ -308,115 +254,8 @@ def _shapes_like(name: str) -> tuple[tuple[str, ...], Images, Images]:
 
 def _real(name: str, folder: Path) -> tuple[tuple[str, ...], Images, Images]:
     """Read a real data set: its classes, the images to train on, those to test on."""
-    real = source(name)
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"--data-dir '{folder}' is a file; name the folder that holds the images.")
-    if (folder / next(iter(real.files))).exists():
-        above = folder.absolute().parents[len(Path(real.folder).parts) - 1]
-        raise BadInput(
-            f"--data-dir '{folder}' holds the data files themselves; name the folder above it, "
-            f"'{above}', in which they lie as {real.folder}."
-        )
-    if folder != Options.data_dir and not folder.is_dir():
-        raise BadInput(
-            f"the data folder '{folder}' is not there; create it, or leave out --data-dir and "
-            f"DATA_DIR to use '{Options.data_dir}'."
-        )
-    if not is_here(folder, name):
-        _download(real, folder)
-    _check(real, folder / real.folder)
-    if name == "cifar10":
-        parts = [CIFAR10(str(folder), train=train) for train in (True, False)]
-        # From torchvision's [count, 32, 32, 3] to PyTorch's [count, 3, 32, 32].
-        images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
-    else:
-        parts = [FashionMNIST(str(folder), train=train) for train in (True, False)]
-        images = [part.data[:, None] for part in parts]  # [count, 1, 28, 28]
-    labels = [torch.as_tensor(part.targets) for part in parts]
-    train, test = (Images(*both) for both in zip(images, labels, strict=True))
-    return tuple(parts[0].classes), train, test
-
-
-def _check(real: Source, folder: Path) -> None:
-    """Raise BadInput with the name of the first file that is missing, cut short or altered."""
-    for name, md5 in real.files.items():
-        if not check_integrity(str(folder / name), md5):
-            raise BadInput(
-                f"the data file '{folder / name}' is missing, cut short or altered (its md5 sum is "
-                f"not {md5}); remove the folder '{folder}' to have it downloaded again, or use "
-                "--data shapes."
-            )
-
-
-def _download(real: Source, folder: Path) -> None:
-    """Bring a data set into `folder`, whole or not at all.
-
-    Raises Unreachable: within NETWORK_SECONDS where the server does not answer at all.
-    """
-    if folder.exists() and not is_writable(folder):
-        raise BadInput(
-            f"{real.title} is not in '{folder}', and nothing can be written there to download it; "
-            "choose another --data-dir, or use --data shapes."
-        )
-    if missing := [url for url, name, _ in real.archives if not (folder / name).exists()]:
-        probe(missing[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
-        unpacked = Path(temporary, real.folder)
-        for url, name, md5 in real.archives:
-            archive = folder / name
-            if not archive.exists():
-                archive = Path(temporary, name)
-                with giving_up():
-                    download_url(url, temporary, name, md5)
-            if not check_integrity(str(archive), md5):
-                raise BadInput(
-                    f"the data file '{archive}' is cut short or altered (its md5 sum is not "
-                    f"{md5}); remove it to have it downloaded again, or use --data shapes."
-                )
-            # CIFAR-10's archive brings its folder along, FashionMNIST's files do not.
-            into = unpacked.parent if ".tar" in name else unpacked
-            into.mkdir(parents=True, exist_ok=True)
-            extract_archive(str(archive), str(into))
-        (folder / real.folder).parent.mkdir(exist_ok=True)
-        os.replace(unpacked, folder / real.folder)
-
-
-@contextlib.contextmanager
-def giving_up() -> Iterator[None]:
-    """Raise Unreachable where a download breaks off, or stands still for 30 seconds."""
-    socket.setdefaulttimeout(30)  # torchvision sets none: a dead line would hang for ever
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise Unreachable(f"the download broke off: {error}") from None
-    finally:
-        socket.setdefaulttimeout(None)
-
-
-def probe(url: str) -> None:
-    """Raise Unreachable unless the server answers within NETWORK_SECONDS.
-
-    In a thread of its own: no time-out of Python's covers the look-up of the server's name, which
-    can hang for minutes where there is no network.
-    """
-    problem: list[str] = []
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD")
-            urllib.request.urlopen(request, timeout=NETWORK_SECONDS).close()
-            problem.append("")
-        except Exception as error:  # a proxy can raise anything; the thread must say what it was
-            problem.append(f"the server was not reached: {getattr(error, 'reason', error)}")
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(NETWORK_SECONDS)
-    if not problem:
-        raise Unreachable(f"the server gave no answer in {NETWORK_SECONDS:.0f} seconds")
-    if problem[0]:
-        raise Unreachable(problem[0])
+    classes, train, test = read_real(name, folder)
+    return classes, Images(*train), Images(*test)
 
 
 def _print_notice(real: Source, folder: Path, reason: Exception) -> None:

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import models
 
 
 class Net(nn.Module):
@@ -114,6 +113,8 @@ class Transfer(nn.Module):
     """
 
     def __init__(self, backbone: str = "vgg16") -> None:
+        from torchvision import models  # takes seconds, and no other network needs it
+
         super().__init__()
         self.backbone = models.get_model(backbone, weights=None)
         # The last layer is a Linear in all of them, under another name in each.

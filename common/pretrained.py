@@ -1,6 +1,6 @@
 """The weights of torchvision's pretrained networks: found, downloaded, or done without."""
 
-from common.data import Unreachable, giving_up, probe
+from common.download import Unreachable, giving_up, probe
 from common.messages import BadInput, notice
 from common.models import Transfer
 
@@ -8,7 +8,6 @@ import hashlib
 from pathlib import Path
 
 import torch
-from torchvision.models import get_model_weights
 
 
 def load_pretrained(net: Transfer, backbone: str, choice: str) -> str:
@@ -55,6 +54,8 @@ def is_here(backbone: str) -> bool:
 
 def _place(backbone: str) -> tuple[str, Path]:
     """Return the address of the pretrained weights, and the file that they are downloaded to."""
+    from torchvision.models import get_model_weights
+
     url = get_model_weights(backbone).IMAGENET1K_V1.url
     return url, Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
 

@@ -1,5 +1,6 @@
 """The images: the right ones, whole, split without overlap, normalised to the bit."""
 
+from common import ROOT, download
 from common import data as data_module
 from common.data import EpochSampler, Images, eval_loader, load_data, train_loader
 from common.messages import BadInput
@@ -15,6 +16,7 @@ import io
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
 import threading
@@ -27,10 +29,11 @@ import pytest
 import torch
 from helpers import count, real_data
 from torch.utils.data import DataLoader
+from torchvision import datasets
 from torchvision.transforms import Compose, Normalize, ToPILImage, ToTensor, v2
 
 RECIPE = RECIPES["cifar"]
-CIFAR10, FASHION = data_module.CIFAR10, data_module.FashionMNIST
+TORCHVISIONS = {"cifar10": datasets.CIFAR10, "fashionmnist": datasets.FashionMNIST}
 # For each data set: a lesson that uses it, the transform of its images as the tutorials write it,
 # the format of its images, and how many there are to train on.
 LESSONS = {"cifar10": "cifar", "fashionmnist": "fashion"}
@@ -136,8 +139,7 @@ def test_the_real_images(name):
     assert torch.equal(data.test.labels.bincount(), torch.full((10,), 1000))
     labels = torch.cat([data.train.labels, data.val.labels])
     assert torch.equal(labels.bincount(), torch.full((10,), (COUNTS[name] + 5_000) // 10))
-    torchvisions = {"cifar10": CIFAR10, "fashionmnist": FASHION}[name]
-    official = torchvisions(
+    official = TORCHVISIONS[name](
         str(folder), train=False, transform=Compose(TRANSFORMS[name].transforms[1:])
     )
     for index in range(0, 10_000, 97):
@@ -146,6 +148,60 @@ def test_the_real_images(name):
         assert torch.equal(batch[0], image)
         assert labels.item() == label
     count("real images, against torchvision's own", len(range(0, 10_000, 97)))
+
+
+@each_data_set
+def test_real_images_are_read_as_torchvision_reads_them(name):
+    if not (folder := real_data(name)):
+        pytest.skip("needs the real images: set DATA_DIR")
+    classes, *parts = download.read_real(name, folder)
+    for (images, labels), train in zip(parts, (True, False), strict=True):
+        official = TORCHVISIONS[name](str(folder), train=train)
+        theirs = torch.as_tensor(official.data)
+        theirs = theirs.permute(0, 3, 1, 2) if name == "cifar10" else theirs[:, None]
+        assert torch.equal(images, theirs) and images.dtype == theirs.dtype == torch.uint8
+        assert images.is_contiguous()
+        assert torch.equal(labels, torch.as_tensor(official.targets))
+        assert labels.dtype == torch.int64
+        assert classes == tuple(official.classes)
+        count("real images, read by us and by torchvision", len(labels))
+
+
+def test_addresses_and_sums_are_torchvisions():
+    cifar10, fashion = download.SOURCES["cifar10"], download.SOURCES["fashionmnist"]
+    theirs = TORCHVISIONS["cifar10"]
+    lists = [*theirs.train_list, *theirs.test_list, (theirs.meta["filename"], theirs.meta["md5"])]
+    assert list(cifar10.files.items()) == [tuple(pair) for pair in lists]
+    assert cifar10.archives == ((theirs.url, theirs.filename, theirs.tgz_md5),)
+    assert cifar10.folder == theirs.base_folder
+    theirs = TORCHVISIONS["fashionmnist"]
+    assert fashion.archives == tuple(
+        (theirs.mirrors[0] + file, file, md5) for file, md5 in theirs.resources
+    )
+    assert [f"{file}.gz" for file in fashion.files] == [file for file, _ in theirs.resources]
+    assert list(download.FASHION_CLASSES) == theirs.classes
+
+
+def test_torchvision_is_not_imported_to_read_images():
+    """Its import takes seconds, in every run and in every process that loads data."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS, str(real_data() or "")],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "torchvision: False, then True"
+
+
+IMPORTS = """
+import sys
+from pathlib import Path
+from common import data, download, models, pretrained
+if sys.argv[1]:
+    download.read_real("cifar10", Path(sys.argv[1]))
+models.SmallNet()
+before = "torchvision" in sys.modules
+models.Transfer("mobilenet_v3_small")
+print(f"torchvision: {before}, then {'torchvision' in sys.modules}")
+"""
 
 
 def rows(images):
@@ -248,11 +304,17 @@ def test_why_not_a_shuffling_loader_with_its_own_generator():
 # Where there is no network, or no whole file.
 
 
+def come_from(monkeypatch, address):
+    """Let all archives lie at another address."""
+    for name, real in download.SOURCES.items():
+        archives = tuple((address + file, file, md5) for _, file, md5 in real.archives)
+        monkeypatch.setitem(download.SOURCES, name, replace(real, archives=archives))
+
+
 @pytest.fixture
 def nobody_answers(monkeypatch):
     """The addresses of the data sets, with nobody there: a machine without network."""
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    monkeypatch.setattr(FASHION, "mirrors", ["http://127.0.0.1:9/"])
+    come_from(monkeypatch, "http://127.0.0.1:9/")
 
 
 TITLES = {"cifar10": "CIFAR-10", "fashionmnist": "FashionMNIST"}
@@ -276,16 +338,16 @@ def test_without_network_the_real_images_are_refused(nobody_answers, name, tmp_p
 
 def test_a_server_that_never_answers_is_given_up(monkeypatch, tmp_path):
     silent = threading.Event()
-    monkeypatch.setattr(data_module, "NETWORK_SECONDS", 0.2)
+    monkeypatch.setattr(download, "NETWORK_SECONDS", 0.2)
     answer = lambda *a, **k: silent.wait() and io.BytesIO()  # noqa: E731
-    monkeypatch.setattr(data_module.urllib.request, "urlopen", answer)
+    monkeypatch.setattr(download.urllib.request, "urlopen", answer)
     with pytest.raises(BadInput, match="gave no answer in"):
         load_data(RECIPE, Options(data="cifar10", data_dir=tmp_path))
     silent.set()  # only now: whoever waits for the server never comes here
 
 
 def test_shapes_never_look_for_anything(monkeypatch, tmp_path):
-    monkeypatch.setattr(data_module, "_real", lambda *a: pytest.fail("looked"))
+    monkeypatch.setattr(data_module, "read_real", lambda *a: pytest.fail("looked"))
     assert load_data(RECIPE, Options(data="shapes", data_dir=tmp_path / "none")).name == "shapes"
 
 
@@ -296,7 +358,7 @@ def test_a_folder_that_is_named_must_be_there(tmp_path):
 
 @each_data_set
 def test_the_folder_of_the_files_themselves_is_refused(name, tmp_path):
-    real = data_module.source(name)
+    real = download.source(name)
     folder = tmp_path / real.folder
     folder.mkdir(parents=True)
     (folder / next(iter(real.files))).touch()
@@ -307,11 +369,11 @@ def test_the_folder_of_the_files_themselves_is_refused(name, tmp_path):
 
 @each_data_set
 def test_the_real_images_are_here_where_their_folder_is(name, tmp_path):
-    assert not data_module.is_here(tmp_path, name)
-    (tmp_path / data_module.source(name).folder).mkdir(parents=True)
-    assert data_module.is_here(tmp_path, name)
+    assert not download.is_here(tmp_path, name)
+    (tmp_path / download.source(name).folder).mkdir(parents=True)
+    assert download.is_here(tmp_path, name)
     (other,) = LESSONS.keys() - {name}
-    assert not data_module.is_here(tmp_path, other)
+    assert not download.is_here(tmp_path, other)
 
 
 def test_a_share_below_one_batch_is_refused():
@@ -331,17 +393,18 @@ def random_bytes(*shape):
 def small_cifar10():
     """6,000 and 1,200 random images in CIFAR-10's format: (content by file name, by archive)."""
     files = {}
-    for name, _ in [*CIFAR10.train_list, *CIFAR10.test_list]:
+    real = download.source("cifar10")
+    for name in list(real.files)[:-1]:
         batch = {"data": random_bytes(1200, 3072), "labels": [n % 10 for n in range(1200)]}
         files[name] = pickle.dumps(batch)
     files["batches.meta"] = pickle.dumps({"label_names": [f"class {n}" for n in range(10)]})
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=1) as tar:
         for name, content in files.items():
-            info = tarfile.TarInfo(f"{CIFAR10.base_folder}/{name}")
+            info = tarfile.TarInfo(f"{real.folder}/{name}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    return files, {CIFAR10.filename: archive.getvalue()}
+    return files, {real.archives[0][1]: archive.getvalue()}
 
 
 @functools.cache
@@ -366,22 +429,18 @@ def made(name, tmp_path, monkeypatch):
     All md5 sums are replaced by those of its files.
     """
     files, archives = {"cifar10": small_cifar10, "fashionmnist": small_fashionmnist}[name]()
-    folder = tmp_path / "made" / data_module.source(name).folder
+    folder = tmp_path / "made" / download.source(name).folder
     folder.mkdir(parents=True)
     for file, content in files.items():
         (folder / file).write_bytes(content)
     sums = {file: md5(content) for file, content in (files | archives).items()}
-    if name == "cifar10":
-        for which in ("train_list", "test_list"):
-            pairs = [[file, sums[file]] for file, _ in getattr(CIFAR10, which)]
-            monkeypatch.setattr(CIFAR10, which, pairs)
-        monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
-        monkeypatch.setattr(CIFAR10, "tgz_md5", sums[CIFAR10.filename])
-    else:
-        ours = {file: sums[file] for file in data_module.FASHION_FILES}
-        monkeypatch.setattr(data_module, "FASHION_FILES", ours)
-        pairs = [(file, sums[file]) for file, _ in FASHION.resources]
-        monkeypatch.setattr(FASHION, "resources", pairs)
+    real = download.source(name)
+    ours = replace(
+        real,
+        files={file: sums[file] for file in real.files},
+        archives=tuple((url, file, sums[file]) for url, file, _ in real.archives),
+    )
+    monkeypatch.setitem(download.SOURCES, name, ours)
     return tmp_path / "made", archives
 
 
@@ -400,7 +459,7 @@ DAMAGES = [
 def test_a_damaged_file_is_named(made, name, file, damage, tmp_path):
     folder = made[0]
     assert load_data(recipe_of(name), Options(data_dir=folder)).name == name
-    path = folder / data_module.source(name).folder / file
+    path = folder / download.source(name).folder / file
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     if damage == "altered":
@@ -440,20 +499,19 @@ def server(made, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{httpd.server_address[1]}/"
-        monkeypatch.setattr(CIFAR10, "url", address + CIFAR10.filename)
-        monkeypatch.setattr(FASHION, "mirrors", [address])
+        come_from(monkeypatch, address)
         yield Handler
         httpd.shutdown()
 
 
 @each_data_set
 def test_a_download_arrives_whole(name, made, server, tmp_path, capfd):
-    folder, real = tmp_path / "data", data_module.source(name)
+    folder, real = tmp_path / "data", download.source(name)
     folder.mkdir()
     data = load_data(recipe_of(name), Options(data=name, data_dir=folder))
     assert data.name == name and len(data.train) == 1_000 and len(data.test) == 1_200
     assert data.classes == (tuple(f"class {n}" for n in range(10)) if name == "cifar10"
-                            else tuple(FASHION.classes))  # fmt: skip
+                            else download.FASHION_CLASSES)  # fmt: skip
     assert [path.name for path in folder.iterdir()] == [Path(real.folder).parts[0]]
     for file in real.files:
         arrived = (folder / real.folder / file).read_bytes()
@@ -489,7 +547,7 @@ def test_an_archive_that_is_there_is_unpacked(name, made, nobody_answers, tmp_pa
         (folder / archive).write_bytes(content)
     options = Options(data=name, data_dir=folder)
     assert load_data(recipe, options).name == name
-    shutil.rmtree(folder / data_module.source(name).folder)
+    shutil.rmtree(folder / download.source(name).folder)
     (folder / archive).write_bytes(content[:-1])
     with pytest.raises(BadInput, match=f"{archive}.*cut short or altered"):
         load_data(recipe, options)

@@ -1,6 +1,6 @@
 """What the lesson finetune and its page claim: frozen, unfrozen, pretrained, saved and loaded."""
 
-from common import ROOT, checkpoints, parity, pretrained, runs
+from common import ROOT, checkpoints, parity, runs
 from common import data as data_module
 from common.messages import BadInput
 from common.models import Net, Transfer
@@ -373,7 +373,7 @@ def nobody(name):
 def official(monkeypatch, url):
     """Let torchvision name this address for the weights."""
     weights = SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url=url))
-    monkeypatch.setattr(pretrained, "get_model_weights", lambda backbone: weights)
+    monkeypatch.setattr(models, "get_model_weights", lambda backbone: weights)
 
 
 @pytest.fixture(scope="module")
@@ -432,7 +432,7 @@ def test_weights_that_are_here_are_taken(choice, here, capsys):
 
 
 def test_random_weights_stay_and_nothing_is_looked_for(monkeypatch):
-    monkeypatch.setattr(pretrained, "get_model_weights", lambda *a: pytest.fail("looked"))
+    monkeypatch.setattr(models, "get_model_weights", lambda *a: pytest.fail("looked"))
     net = small()
     assert load_pretrained(net, "mobilenet_v3_small", "random") == "random"
     assert equal(net.state_dict(), small().state_dict())
