@@ -244,12 +244,10 @@ def _split(
 
 
 def _shapes_like(name: str) -> tuple[tuple[str, ...], Images, Images]:
-    """Draw shapes in the format of a real data set: their classes, to train on, to test on."""
-    draw, count = {
-        "cifar10": (shapes.draw_shapes, 50_000),
-        "fashionmnist": (shapes.draw_grey_shapes, 60_000),
-    }[name]
-    return shapes.CLASSES, Images(*draw(count, seed=1)), Images(*draw(10_000, seed=2))
+    """Return shapes in the format of a real data set: their classes, to train on, to test on."""
+    kind, count = {"cifar10": ("coloured", 50_000), "fashionmnist": ("grey", 60_000)}[name]
+    train, test = shapes.kept(kind, count, seed=1), shapes.kept(kind, 10_000, seed=2)
+    return shapes.CLASSES, Images(*train), Images(*test)
 
 
 def _real(name: str, folder: Path) -> tuple[tuple[str, ...], Images, Images]:

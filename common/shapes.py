@@ -6,7 +6,14 @@ tells the class. In grey they have FashionMNIST's (1 channel, 28 by 28 pixels), 
 there they are bright on dark, in the middle, and all of about one size.
 """
 
+from common import ROOT
+
+import contextlib
+import hashlib
+import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +31,7 @@ CLASSES = (
     "stripes",
     "crescent",
 )
+FOLDER = ROOT / "data" / "shapes"  # what was drawn once
 NOISE = 100  # the largest change that noise makes to a coloured pixel, of 255
 GREY_NOISE = 33
 
@@ -44,6 +52,56 @@ def draw_grey_shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     The same seed gives the same bits on every machine, as in `draw_shapes`.
     """
     return _draw(count, seed, channels=1, size=28, reach=1.5, paint=_grey)
+
+
+# By kind: how to draw it, and the format of an image.
+KINDS = {"coloured": (draw_shapes, (3, 32, 32)), "grey": (draw_grey_shapes, (1, 28, 28))}
+
+
+def kept(kind: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the shapes of that kind, "coloured" or "grey", with their labels: drawn once and kept.
+
+    To draw 60,000 takes seconds, to read them a fifth of one. The file lies in FOLDER. A damaged
+    file, or one of another version of this module, is not used. Where nothing can be written,
+    they are drawn each time.
+    """
+    draw, format_ = KINDS[kind]
+    key = hashlib.sha256(Path(__file__).read_bytes() + f"{kind} {count} {seed}".encode()).digest()
+    path = FOLDER / f"{kind}-{count}-{seed}-{key.hex()[:16]}"
+    pixels = count * int(np.prod(format_))
+    with contextlib.suppress(OSError):
+        # The sum of key and content, the images, the labels: bytes that no one interprets.
+        content = np.fromfile(path, np.uint8)
+        images, labels = content[32 : 32 + pixels], content[32 + pixels :]
+        if len(labels) == count and content[:32].tobytes() == _sum(key, images, labels):
+            images = images.reshape(count, *format_)
+            return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+    drawn, classes = draw(count, seed)
+    with contextlib.suppress(OSError):
+        images, labels = drawn.numpy(), classes.numpy().astype(np.uint8)
+        _write(path, _sum(key, images, labels), images.data, labels.data)
+    return drawn, classes
+
+
+def _sum(key: bytes, images: np.ndarray, labels: np.ndarray) -> bytes:
+    whole = hashlib.sha256(key)
+    whole.update(images.data)
+    whole.update(labels.data)
+    return whole.digest()
+
+
+def _write(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file whole or not at all: under another name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for part in parts:
+                file.write(part)
+        os.chmod(name, 0o644)  # mkstemp's files are for their owner alone
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _draw(

@@ -46,16 +46,6 @@ COUNTS = {"cifar10": 45_000, "fashionmnist": 55_000}
 each_data_set = pytest.mark.parametrize("name", LESSONS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shapes_drawn_once():
-    """60,000 shapes take two seconds to draw, and many tests need them."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for draw in ("draw_shapes", "draw_grey_shapes"):
-            once = functools.cache(getattr(data_module.shapes, draw))
-            monkeypatch.setattr(data_module.shapes, draw, once)
-        yield
-
-
 def recipe_of(name):
     return RECIPES[LESSONS[name]]
 
@@ -471,6 +461,23 @@ def test_a_damaged_file_is_named(made, name, file, damage, tmp_path):
     with pytest.raises(BadInput, match=f"{file}.*missing, cut short or altered"):
         load_data(recipe_of(name), Options(data_dir=folder))
     count("damaged files")
+
+
+def test_only_what_was_checked_is_unpickled(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "it ran",)
+
+    real = download.source("cifar10")
+    folder = tmp_path / real.folder
+    folder.mkdir()
+    for file in real.files:
+        (folder / file).write_bytes(pickle.dumps(Harmful()))
+    pickle.loads((folder / file).read_bytes())
+    (tmp_path / "it ran").unlink()  # it does harm
+    with pytest.raises(BadInput, match="altered"):
+        load_data(RECIPE, Options(data_dir=tmp_path))
+    assert not (tmp_path / "it ran").exists()
 
 
 @pytest.fixture

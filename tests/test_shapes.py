@@ -1,12 +1,15 @@
 """The built-in shapes are a real task, and the same for everyone."""
 
+from common import ROOT, shapes
 from common.data import Images, load_data, train_loader
 from common.models import MLP, Net
 from common.options import Options
 from common.recipes import RECIPES
-from common.shapes import CLASSES, draw_grey_shapes, draw_shapes
+from common.shapes import CLASSES, draw_grey_shapes, draw_shapes, kept
 
 import hashlib
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -62,6 +65,110 @@ def test_grey_shapes_are_bright_on_dark():
         labels, torch.tensor([CLASSES.index(n) for n in ("ring", "frame", "crescent")])
     )
     assert (middle[full].mean((1, 2)) > 100).float().mean() > 0.95
+
+
+# Drawn once and kept.
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "FOLDER", tmp_path / "data" / "shapes")
+    return shapes.FOLDER
+
+
+@pytest.fixture
+def drawings(monkeypatch):
+    """A list that gets longer by one with each drawing."""
+    made = []
+    for kind, (draw, format_) in shapes.KINDS.items():
+        counted = lambda count, seed, draw=draw: made.append(seed) or draw(count, seed)  # noqa: E731
+        monkeypatch.setitem(shapes.KINDS, kind, (counted, format_))
+    return made
+
+
+def same(ours, theirs):
+    return all(
+        torch.equal(a, b) and a.dtype == b.dtype and a.is_contiguous()
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("kind, draw", [("coloured", draw_shapes), ("grey", draw_grey_shapes)])
+def test_what_is_kept_has_the_bits_of_what_was_drawn(kind, draw, folder, drawings):
+    for _ in range(3):
+        assert same(kept(kind, 305, seed=4), draw(305, seed=4))
+    assert drawings == [4]
+    assert same(kept(kind, 304, seed=4), draw(304, seed=4))
+    assert same(kept(kind, 305, seed=5), draw(305, seed=5))
+    assert drawings == [4, 4, 5] and len(list(folder.iterdir())) == 3
+    images, labels = kept(kind, 305, seed=4)
+    images[0], labels[0] = 7, 7  # they are the caller's own
+    assert same(kept(kind, 305, seed=4), draw(305, seed=4)) and len(drawings) == 3
+
+
+@pytest.mark.parametrize("damage", ["altered image", "altered label", "altered sum", "cut short",
+                                    "empty", "longer", "of another seed", "of noise"])  # fmt: skip
+def test_a_file_that_is_not_whole_is_drawn_anew(damage, folder, drawings):
+    right = kept("grey", 50, seed=1)
+    (path,) = folder.iterdir()
+    whole = path.read_bytes()
+    content = bytearray(whole)
+    if damage.startswith("altered"):
+        content[{"image": 1000, "label": -1, "sum": 3}[damage.split()[1]]] ^= 1
+    elif damage == "of another seed":
+        kept("grey", 50, seed=2)
+        (other,) = set(folder.iterdir()) - {path}
+        content = other.read_bytes()
+    else:
+        content = {"cut short": whole[:-1], "empty": b"", "longer": whole + b"0",
+                   "of noise": bytes(len(whole))}[damage]  # fmt: skip
+    path.write_bytes(content)
+    drawings.clear()
+    assert same(kept("grey", 50, seed=1), right) and drawings == [1]
+    assert path.read_bytes() == whole  # and it is whole again
+
+
+def test_shapes_drawn_by_other_code_are_not_used(folder, drawings, tmp_path, monkeypatch):
+    kept("grey", 50, seed=1)
+    other = tmp_path / "shapes.py"
+    other.write_text("# changed\n")
+    monkeypatch.setattr(shapes, "__file__", str(other))
+    kept("grey", 50, seed=1)
+    assert drawings == [1, 1]
+
+
+def test_where_nothing_can_be_written_shapes_are_drawn(tmp_path, monkeypatch, drawings, capsys):
+    (tmp_path / "data").write_text("a file, so that no folder can be made below it")
+    monkeypatch.setattr(shapes, "FOLDER", tmp_path / "data" / "shapes")
+    for _ in range(2):
+        assert same(kept("grey", 50, seed=1), draw_grey_shapes(50, seed=1))
+    assert drawings == [1, 1] and capsys.readouterr() == ("", "")
+
+
+def test_a_full_disk_leaves_nothing(folder, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shapes.os, "replace", full)
+    assert same(kept("grey", 50, seed=1), draw_grey_shapes(50, seed=1))
+    assert list(folder.iterdir()) == []
+
+
+def test_two_processes_at_once_draw_the_same(folder):
+    code = (
+        "import sys; from pathlib import Path; from common import shapes\n"
+        "shapes.FOLDER = Path(sys.argv[1])\n"
+        "print(shapes.kept('coloured', 3000, seed=1)[0].sum().item())"
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    sums = {process.communicate()[0] for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert sums == {b"%d\n" % draw_shapes(3000, seed=1)[0].sum().item()}
+    assert len(list(folder.iterdir())) == 1
+    assert same(kept("coloured", 3000, seed=1), draw_shapes(3000, seed=1))
 
 
 def accuracy_after_one_epoch(model, data, recipe):
