@@ -1,25 +1,36 @@
-"""The pictures of a run, drawn with matplotlib from what the run measured."""
+"""The pictures of a run, drawn with matplotlib from what the run measured.
+
+Matplotlib takes most of a second to import: only what draws does so. Places are given in numbers,
+since matplotlib's layouts draw everything twice, and a grid of images is one image with words on
+it: 32 small plots take ten times as long.
+"""
 
 from common.data import Data, Images
 
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image
 from torch import nn
 
-SHOWN = 32  # images in a grid, eight in a row
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN = 32  # images in a grid
+IN_A_ROW = 8
+DPI = 100
+# Two of Okabe and Ito's colours, which nearly everyone can tell apart: https://jfly.uni-koeln.de/color/
+BLUE, ORANGE = "#0072B2", "#D55E00"
+GREY = "#555555"
+SIDES = {"plain": "plain", "lightning": "Lightning"}  # as they are written
 
 
 def draw(
     model: nn.Module, data: Data, result: dict[str, Any], rows: list[dict[str, Any]]
-) -> dict[str, Figure]:
+) -> dict[str, "Figure"]:
     """Return file names and pictures: samples, curves, confusion matrix and predictions.
 
     And what surrounds the optimizer, where `rows`, those of metrics.csv, have it.
@@ -34,30 +45,54 @@ def draw(
     return figures | {"optimizer.png": _optimizer(result, steps)} if steps else figures
 
 
-def _grid(images: Images, titles: list[str], colors: list[str], heading: str) -> Figure:
-    """Draw images in rows of eight, each with its title."""
-    rows = -(-len(titles) // 8)
-    figure = Figure(figsize=(9, 1.45 * rows + 0.6), layout="constrained")
-    figure.suptitle(heading)
-    axes = figure.subplots(rows, 8, squeeze=False).flatten()
-    for axis in axes:
-        axis.axis("off")
-    for axis, image, title, color in zip(axes, images.images, titles, colors, strict=False):
-        axis.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
-        axis.set_title(title, fontsize=7, color=color)
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI)
+
+
+def _heading(result: dict[str, Any]) -> str:
+    return f"{result['lesson']}, {SIDES[result['side']]}, on {result['data']}"
+
+
+def _grid(images: Images, words: list[str], colors: list[str], heading: str) -> "Figure":
+    """Draw images in rows of eight, each in a frame of its colour, with words below it."""
+    pixels = images.images[: len(words)].permute(0, 2, 3, 1).numpy()
+    size, enlarged = pixels.shape[1], 3
+    # In pixels of the picture: an image with its frame, and with the words and the room around it.
+    frame = 4
+    side = size * enlarged + 2 * frame
+    width, height, top = side + 12, side + 38, 44
+    rows = -(-len(words) // IN_A_ROW)
+    whole = np.full((top + rows * height, IN_A_ROW * width, 3), 255, dtype=np.uint8)
+    figure = _figure(whole.shape[1] / DPI, whole.shape[0] / DPI)
+    middle = whole.shape[1] / 2
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.axis("off")
+    for number, (image, word, color) in enumerate(zip(pixels, words, colors, strict=True)):
+        row, column = divmod(number, IN_A_ROW)
+        y, x = top + row * height, column * width + 6
+        whole[y : y + side, x : x + side] = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        large = image.repeat(enlarged, 0).repeat(enlarged, 1)  # grey ones have one channel of three
+        whole[y + frame : y + side - frame, x + frame : x + side - frame] = large
+        axis.text(x + side / 2, y + side + 3, word, color=color, fontsize=8, ha="center", va="top")
+    axis.text(middle, 20, heading, fontsize=12, ha="center", va="center")
+    axis.imshow(whole, interpolation="nearest", aspect="auto")
     return figure
 
 
-def _samples(data: Data) -> Figure:
-    titles = [data.classes[label] for label in data.train.labels[:SHOWN].tolist()]
-    return _grid(data.train, titles, ["black"] * SHOWN, f"{data.name}: images to train on")
+def _samples(data: Data) -> "Figure":
+    words = [data.classes[label] for label in data.train.labels[:SHOWN].tolist()]
+    return _grid(data.train, words, [GREY] * len(words), f"{data.name}: images to train on")
 
 
-def _curves(result: dict[str, Any]) -> Figure:
+def _curves(result: dict[str, Any]) -> "Figure":
     """Draw the training loss of every step with its running mean, and the validation results."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(f"{result['lesson']}, {result['side']}, on {result['data']}")
-    left, right = figure.subplots(1, 2)
+    figure = _figure(10, 4)
+    figure.suptitle(_heading(result))
+    left, right = figure.subplots(
+        1, 2, gridspec_kw={"left": 0.07, "right": 0.98, "bottom": 0.13, "wspace": 0.2}
+    )
     losses = torch.tensor([math.nan if x is None else x for x in result["train_loss"]])
     window = max(1, len(losses) // 20)
     means = losses.unfold(0, window, 1).mean(1).numpy()
@@ -68,13 +103,13 @@ def _curves(result: dict[str, Any]) -> Figure:
         linewidth=0.3,
         label="each step",
     )
-    left.plot(range(window, len(losses) + 1), means, label=f"mean of {window:,} steps")
+    left.plot(range(window, len(losses) + 1), means, color=BLUE, label=f"mean of {window:,} steps")
     left.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, None))
     if np.isfinite(means).any():
         left.set_ylim(0, 1.1 * means[np.isfinite(means)].max())
     epochs = range(len(result["val_loss"]))  # from 0 on, as everywhere else
-    right.plot(epochs, result["val_accuracy"], "o-", label="validation accuracy")
-    right.plot(epochs, result["val_f1"], "s--", label="validation macro F1")
+    right.plot(epochs, result["val_accuracy"], "o-", color=BLUE, label="validation accuracy")
+    right.plot(epochs, result["val_f1"], "s--", color=ORANGE, label="validation macro F1")
     right.axhline(result["test_accuracy"], color="gray", linestyle=":", label="test accuracy")
     right.set(
         xlabel="epoch",
@@ -88,10 +123,10 @@ def _curves(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def _optimizer(result: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
+def _optimizer(result: dict[str, Any], rows: list[dict[str, Any]]) -> "Figure":
     """Draw the learning rate, the gradients' norm and the scale of the loss over the steps."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    figure.suptitle(f"{result['lesson']}, {result['side']}, on {result['data']}")
+    figure = _figure(12, 3.8)
+    figure.suptitle(_heading(result))
     panels = {
         "learning rate": {"train_lr": ""},
         "norm of all gradients": {
@@ -100,25 +135,31 @@ def _optimizer(result: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
         },
         "scale of the loss": {"train_loss_scale": ""},
     }
-    for axis, (title, lines) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for name, label in lines.items():
-            axis.plot([row["step"] + 1 for row in rows], [row[name] for row in rows], label=label)
+    axes = figure.subplots(
+        1, 3, gridspec_kw={"left": 0.05, "right": 0.98, "bottom": 0.14, "top": 0.83}
+    )
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for (name, label), style in zip(lines.items(), ("-", "--"), strict=False):
+            axis.plot(
+                [row["step"] + 1 for row in rows],
+                [row[name] for row in rows],
+                style,
+                color=BLUE if style == "-" else ORANGE,
+                label=label,
+            )
         axis.set(xlabel="optimizer step", title=title, ylim=(0, None))
         if len(lines) > 1:
             axis.legend()
     return figure
 
 
-def _confusion(data: Data, result: dict[str, Any]) -> Figure:
+def _confusion(data: Data, result: dict[str, Any]) -> "Figure":
     """Draw the confusion matrix; each row is a true class, coloured by its shares."""
     counts = torch.tensor(result["confusion_matrix"])
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    figure = Figure(figsize=(7, 6.2), layout="constrained")
-    axis = figure.subplots()
-    axis.set_title(
-        f"{result['lesson']}, {result['side']}, test on {result['data']}: "
-        f"{result['test_accuracy']:.2%} right"
-    )
+    figure = _figure(7, 6.4)
+    axis = figure.add_axes((0.16, 0.15, 0.82, 0.79))
+    axis.set_title(f"{_heading(result)}: test accuracy {result['test_accuracy']:.2%}")
     axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     places = range(len(data.classes))
     axis.set_xticks(places, data.classes, rotation=45, ha="right")
@@ -137,7 +178,10 @@ def predictions(model: nn.Module, data: Data, epoch: int, folder: Path) -> np.nd
 
     Writes folder/pictures/epoch_N.png; returns the same picture, uint8 [height, width, 3].
     """
-    figure = _answers(model, data.val, data.classes, f"epoch {epoch}: images to validate on")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    figure = _answers(model, data.val, data.classes, f"epoch {epoch}, images to validate on")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -147,20 +191,23 @@ def predictions(model: nn.Module, data: Data, epoch: int, folder: Path) -> np.nd
     return pixels
 
 
-def _predictions(model: nn.Module, data: Data, result: dict[str, Any]) -> Figure:
-    heading = f"{result['lesson']}, {result['side']}: test images of {data.name}"
-    return _answers(model, data.test, data.classes, heading)
+def _predictions(model: nn.Module, data: Data, result: dict[str, Any]) -> "Figure":
+    return _answers(model, data.test, data.classes, f"{_heading(result)}, test images")
 
 
 @torch.no_grad()
-def _answers(model: nn.Module, images: Images, classes: tuple[str, ...], heading: str) -> Figure:
-    """Draw the first images with truth and prediction, the wrong ones in red."""
+def _answers(model: nn.Module, images: Images, classes: tuple[str, ...], heading: str) -> "Figure":
+    """Draw the first images with what the model says; where it is wrong, also with the truth."""
     first = replace(images, images=images.images[:SHOWN], labels=images.labels[:SHOWN])
     batch, truth = first.__getitems__(list(range(len(first))))
     predicted = model(batch.to(next(model.parameters()))).argmax(1).cpu()
-    titles = [
-        f"is {classes[t]}\nsaid {classes[p]}"
+    right = predicted == truth
+    # Marks, for those who see no difference between the colours, and on grey paper.
+    words = [
+        f"✓ {classes[p]}" if t == p else f"✗ said {classes[p]}\nis {classes[t]}"
         for t, p in zip(truth.tolist(), predicted.tolist(), strict=True)
     ]
-    colors = ["green" if right else "red" for right in (predicted == truth).tolist()]
-    return _grid(first, titles, colors, heading)
+    colors = [BLUE if one else ORANGE for one in right.tolist()]
+    return _grid(
+        first, words, colors, f"{heading}: ✓ {right.sum()} right, ✗ {(~right).sum()} wrong"
+    )

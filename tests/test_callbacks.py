@@ -401,7 +401,7 @@ def test_the_same_32_images_after_each_epoch():
     before = torch.get_rng_state()
     folder = Path("pictures")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(figures.Image.Image, "save", lambda self, path: None)
+        monkeypatch.setattr(Image.Image, "save", lambda self, path: None)
         monkeypatch.setattr(Path, "mkdir", lambda self, **kwargs: None)
         pixels = figures.predictions(net, data, 3, folder)
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
