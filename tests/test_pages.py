@@ -2,12 +2,18 @@
 
 from common.messages import BadInput
 
+import os
 import platform
 import re
+import shutil
+import sys
 
 import pages
 import pytest
+import torch
 from helpers import count
+from torch import nn
+from torch.utils.data import DataLoader
 
 PITFALLS = pages.PAGES[0].read_text()
 ANCHORS = """
@@ -16,7 +22,7 @@ ANCHORS = """
     accumulation clipping frozen learning-rate schedule weight-decay optimizer parameter-groups
     batch-size-and-devices best-or-last f1-per-batch micro-or-macro train-loss
     logits-or-probabilities log-every-n-steps guessed-batch-size checkpoint-keys sanity-check
-    inference-mode percent
+    inference-mode percent autocast-cache frequency checkpoint-from-url compiled-sanity-check
 """.split()
 
 
@@ -64,6 +70,50 @@ def test_every_pitfall_says_where_it_was_seen():
         seen = re.search(r"^Seen in: \[", section, re.MULTILINE) and links
         assert seen or "No public thread was found." in section, pages.title(section)
         count("threads named", len(links))
+
+
+@pytest.mark.slow  # compiling takes up to a minute
+def test_without_the_sanity_check_a_compiled_port_equals_the_loop():
+    compiler = os.environ.get("CXX", "g++" if sys.platform == "linux" else "clang++")
+    if not shutil.which(compiler):
+        pytest.skip(f"torch.compile needs a C++ compiler; there is no {compiler}")
+    names = {}
+    exec(pages.preamble(PITFALLS), names)
+    train, val = (DataLoader(names["data"], size, drop_last=True) for size in (16, 70))
+
+    class Port(names["Port"]):
+        def __init__(self, model):
+            super().__init__(model)
+            self.losses = []
+
+        def training_step(self, batch, batch_idx):
+            self.losses.append(super().training_step(batch, batch_idx))
+            return self.losses[-1]
+
+        def validation_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+
+    def compiled():
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        layers = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)
+        return torch.compile(nn.Sequential(*layers))
+
+    model, by_hand = compiled(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for inputs, labels in train:
+        optimizer.zero_grad()
+        by_hand.append(nn.functional.cross_entropy(model(inputs), labels))
+        by_hand[-1].backward()
+        optimizer.step()
+    for steps in (2, 0):
+        port = Port(compiled())
+        names["trainer"](max_epochs=1, num_sanity_val_steps=steps).fit(port, train, val)
+        apart = [abs(a - b).item() for a, b in zip(by_hand, port.losses, strict=True)]
+        print(f"{steps} batches of sanity check: losses apart by {apart}")
+        assert len(apart) == 4 and max(apart) < 1e-6
+    assert apart == [0] * 4  # without the sanity check; with it, some processors have a difference
+    count("losses of compiled networks", len(apart))
 
 
 PAGE = """# A page
