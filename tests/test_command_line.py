@@ -1,7 +1,6 @@
 """What people type, and what they type wrongly: one sentence, exit status 2, nothing lost."""
 
-from common import ROOT
-from common.data import CIFAR10
+from common import ROOT, download
 from common.messages import BadInput
 from common.parity import main as parity
 from common.recipes import RECIPES
@@ -71,7 +70,10 @@ def test_bad_input(side, name, tmp_path, monkeypatch, capsys):
     arguments, expected = BAD[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DATA_DIR", raising=False)
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nobody")
+    real = download.source("cifar10")
+    ((_, file, md5),) = real.archives
+    nobody = replace(real, archives=(("http://127.0.0.1:9/nobody", file, md5),))
+    monkeypatch.setitem(download.SOURCES, "cifar10", nobody)
     kept = tmp_path / "runs" / "cifar" / side / "result.json"
     kept.parent.mkdir(parents=True)
     kept.write_text("an earlier result")
@@ -201,7 +203,7 @@ def test_results_of_other_settings_data_or_code_are_not_reused(main_job, monkeyp
     result["hyperparameters"]["data"] = "auto"
     auto = replace(options, data="auto", data_dir=tmp_path)
     assert module._is_of(result, "plain", recipe, auto)
-    (tmp_path / CIFAR10.base_folder).mkdir()
+    (tmp_path / download.source("cifar10").folder).mkdir()
     assert not module._is_of(result, "plain", recipe, auto)
 
 
