@@ -9,6 +9,8 @@ NODES ?=
 RDZV ?=
 MACHINES = $(DEVICES:%=--devices %) $(NODES:%=--num-nodes %) $(RDZV:%=--rdzv-endpoint %)
 BIN := .venv/bin
+# Tests run in as many processes as there are cores; those of a file in one, which share trainings.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
 LESSONS := $(basename $(notdir $(wildcard plain/*.py)))
 # uv must take the Python of this machine, never fetch one of its own.
 export UV_PYTHON_DOWNLOADS := never
@@ -21,7 +23,7 @@ $(error there is no lesson for '$(UNKNOWN)'; there are: $(LESSONS))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup parity doctor controls pitfalls bench bench-speed bench-parallel bench-trace order predict test test-slow lint format lock clean FORCE
+.PHONY: help setup parity doctor controls pitfalls ledger bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
 
 help: ## print these lines
 	@echo "usage: make TARGET [ARGS=\"--max-epochs 5\"]"
@@ -40,10 +42,10 @@ lightning-%: .venv/ready FORCE ## train NAME with Lightning's Trainer; the same 
 	@$(BIN)/python lightning/$*.py $(MACHINES) $(ARGS)
 
 parity-%: .venv/ready FORCE ## prove that both sides of NAME do the same; the same options
-	@$(BIN)/python -m common.parity $* $(MACHINES) $(ARGS)
+	@$(BIN)/python -m common.proof.parity $* $(MACHINES) $(ARGS)
 
 parity-parallel: .venv/ready FORCE # also one process against several, and FSDP against DDP
-	@$(BIN)/python -m common.devices $(MACHINES) $(ARGS)
+	@$(BIN)/python -m common.proof.devices $(MACHINES) $(ARGS)
 
 bench-parallel: .venv/ready ## measure the steps of 1, 2 and 4 processes, and draw them
 	@$(BIN)/python -m bench.parallel $(ARGS)
@@ -57,8 +59,14 @@ bench-speed: .venv/ready ## hold speed against cifar for five seeds, and measure
 bench-trace: .venv/ready ## measure what a trace costs
 	@$(BIN)/python -m bench.trace $(ARGS)
 
+bench-evidence: .venv/ready ## measure what it costs that a run is watched
+	@$(BIN)/python -m bench.evidence $(ARGS)
+
+bench-startup: .venv/ready ## measure what a whole command takes beside the import of its library
+	@$(BIN)/python -m bench.startup $(ARGS)
+
 parity: .venv/ready ## prove it for every lesson, and print one table; only options that all have
-	@$(BIN)/python -m common.parity $(ARGS)
+	@$(BIN)/python -m common.proof.parity $(ARGS)
 
 doctor: .venv/ready ## name the first difference of two traced runs: make doctor A=loop.trace B=port.trace
 	@test -n "$(A)" && test -n "$(B)" || { \
@@ -71,11 +79,14 @@ controls: .venv/ready ## try the doctor on single changes and on equal runs; wri
 pitfalls: .venv/ready ## run the code of docs/pitfalls.md and docs/sameness.md, and write its numbers anew
 	@$(BIN)/python tests/pages.py
 
-diff-%: .venv/ready FORCE ## show both sides of NAME side by side; ARGS="--no-comments" leaves out the lesson
-	@$(BIN)/python -m common.sidebyside $* $(ARGS)
+ledger: .venv/ready ## write docs/ledger.md anew: the line numbers of what the Trainer does
+	@$(BIN)/python -m common.proof.ledger
+
+diff-%: .venv/ready FORCE ## show both sides of NAME side by side; ARGS='--cell "Training"' one cell of them
+	@$(BIN)/python -m common.proof.sidebyside $* $(ARGS)
 
 order: .venv/ready ## record the order of one optimizer step on both sides of optimize, and compare
-	@$(BIN)/python -m common.order $(ARGS)
+	@$(BIN)/python -m common.proof.order $(ARGS)
 
 predict: .venv/ready ## classify a picture: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=photo.jpg
 	@test -n "$(CHECKPOINT)" && test -n "$(IMAGE)" || { \
@@ -83,10 +94,10 @@ predict: .venv/ready ## classify a picture: make predict CHECKPOINT=runs/cifar/p
 	@$(BIN)/python -m common.predict "$(CHECKPOINT)" "$(IMAGE)"
 
 test: .venv/ready ## run the tests (without network; with the real images where DATA_DIR names them)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 test-slow: .venv/ready ## run also the tests that take long
-	@$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) -m "slow or not slow" $(ARGS)
 
 lint: .venv/ready ## check format, rules and types
 	@$(BIN)/ruff format --check .

@@ -4,27 +4,28 @@ Six ways to train the same network on the same images, in turns, in one process,
 and four batch sizes:
 
 floor     forward, backward and step, on batches that are already there
-plain     the lesson plain/cifar.py
+plain     the lesson plain/cifar.py, its whole main
 tutorial  the tutorial's own form: PIL images one by one, DataLoader's defaults, loss.item()
 bare      Lightning with barebones=True: no logger, no bar, no checkpoints
-lesson    the lesson lightning/cifar.py, with its logger and its bar
+lesson    the lesson lightning/cifar.py, its whole main, with its logger and its bar
 defaults  Lightning with all its defaults: logger, bar, checkpoints, summary; self.log in each step
 
 Writes overhead.json and overhead.png into --output, and the tables into the page of that name
-beside the folder, docs/speed.md, and into the README.
+beside the folder, docs/speed.md.
 """
 
 from bench.parallel import machine_now, number, numbers
 from bench.report import fill, read_measured
 from bench.ring import markdown
 from bench.workers import lesson
-from common import ROOT, SIDES, runs
-from common.data import PIXELS, Data, Images, train_loader
+from common import ROOT, SIDES
+from common.data import Data, Images, make_loader
+from common.folders import write_whole
 from common.messages import Parser, clear_messages
 from common.models import DeepNet, Net
-from common.options import Options, default_threads
-from common.recipes import RECIPES, Recipe
-from common.runs import MetricsFile
+from common.networks import TO_ONE
+from common.proof.fingerprints import versions
+from common.run import default_threads, ready
 from common.shapes import CLASSES, draw_shapes
 
 import argparse
@@ -41,10 +42,10 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -60,6 +61,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 WARM_UP = 2  # steps before the clock starts
+EVALUATED = 8  # images to validate and to test on: a lesson does both, and no clock runs then
 SECONDS = 0.4  # that the steps of one measurement shall take
 PROFILED = (4, 128)  # batch sizes
 MODELS: dict[str, type[nn.Module]] = {"Net": Net, "DeepNet": DeepNet}
@@ -99,20 +101,24 @@ class Clock:
 # The six ways. Each makes `steps` optimizer steps; the clock listens to the optimizer.
 
 
-def floor(recipe: Recipe, options: Options, data: Data, net: nn.Module, steps: int) -> None:
-    optimizer = lesson("plain", "cifar").configure_optimizers(net, recipe)
-    batch = next(iter(train_loader(data.train, recipe, options)))
+def floor(args: Any, data: Data, net: nn.Module, steps: int) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum)
+    batch = next(iter(make_loader(data.train, args)))
     for images, labels in [batch] * steps:
         optimizer.zero_grad()
         F.cross_entropy(net(images), labels).backward()
         optimizer.step()
 
 
-def plain(recipe: Recipe, options: Options, data: Data, net: nn.Module, steps: int) -> None:
-    module = lesson("plain", "cifar")
-    optimizer = module.configure_optimizers(net, recipe)
-    log = MetricsFile(options.runs_dir)
-    module.fit(net, optimizer, data, recipe, options, torch.device("cpu"), log)
+def plain(args: Any, data: Data, net: nn.Module, steps: int) -> None:
+    run_lesson("plain", args, data, net)
+
+
+def run_lesson(side: str, args: Any, data: Data, net: nn.Module) -> None:
+    """Call the lesson's main, with images and a network that it would not find by itself."""
+    module, found = lesson(side, "cifar"), {"load_images": lambda *_: data, "Net": lambda: net}
+    with patch.multiple(module, **found, summary=lambda *_, **__: None):
+        module.main(args)
 
 
 class PILImages(torch.utils.data.Dataset):
@@ -132,10 +138,10 @@ class PILImages(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
 
 
-def tutorial(recipe: Recipe, options: Options, data: Data, net: nn.Module, steps: int) -> None:
-    loader = DataLoader(PILImages(data.train), batch_size=recipe.batch_size, shuffle=True)
+def tutorial(args: Any, data: Data, net: nn.Module, steps: int) -> None:
+    loader = DataLoader(PILImages(data.train), batch_size=args.batch_size, shuffle=True)
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(net.parameters(), lr=recipe.lr, momentum=recipe.momentum)
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum)
     running_loss = 0.0
     for step, (inputs, labels) in enumerate(loader):
         optimizer.zero_grad()
@@ -150,9 +156,9 @@ def tutorial(recipe: Recipe, options: Options, data: Data, net: nn.Module, steps
 class Small(L.LightningModule):
     """The least that the Trainer needs; with log, what its documentation shows."""
 
-    def __init__(self, net: nn.Module, recipe: Recipe, log: bool) -> None:
+    def __init__(self, net: nn.Module, args: Any, log: bool) -> None:
         super().__init__()
-        self.net, self.recipe, self.logs = net, recipe, log
+        self.net, self.args, self.logs = net, args, log
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         images, labels = batch
@@ -162,29 +168,24 @@ class Small(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), self.recipe.lr, self.recipe.momentum)
+        return torch.optim.SGD(self.parameters(), self.args.lr, self.args.momentum)
 
 
-def bare(recipe: Recipe, options: Options, data: Data, net: nn.Module, steps: int) -> None:
+def bare(args: Any, data: Data, net: nn.Module, steps: int) -> None:
     trainer = L.Trainer(barebones=True, max_steps=steps, accelerator="cpu", devices=1)
-    trainer.fit(Small(net, recipe, log=False), train_loader(data.train, recipe, options))
+    trainer.fit(Small(net, args, log=False), make_loader(data.train, args))
 
 
-def as_shipped(
-    recipe: Recipe, options: Options, data: Data, net: nn.Module, steps: int, **more: Any
-) -> None:
-    module = lesson("lightning", "cifar")
-    model = module.LitClassifier(net, recipe, options.log_every_n_steps)
-    trainer = module.make_trainer(recipe, options, options.runs_dir / "lightning", **more)
-    trainer.fit(model, module.ImageDataModule(data, recipe, options))
+def as_shipped(args: Any, data: Data, net: nn.Module, steps: int) -> None:
+    run_lesson("lightning", args, data, net)
 
 
-def defaults(recipe: Recipe, options: Options, data: Data, net: nn.Module, steps: int) -> None:
+def defaults(args: Any, data: Data, net: nn.Module, steps: int) -> None:
     # Where to, and how long, and on what: the rest is Lightning's own.
     trainer = L.Trainer(
-        default_root_dir=options.runs_dir, max_steps=steps, accelerator="cpu", devices=1
+        default_root_dir=args.runs_dir, max_steps=steps, accelerator="cpu", devices=1
     )
-    trainer.fit(Small(net, recipe, log=True), train_loader(data.train, recipe, options))
+    trainer.fit(Small(net, args, log=True), make_loader(data.train, args))
 
 
 RUN: dict[str, Callable[..., None]] = {
@@ -213,23 +214,33 @@ def _drain(master: int) -> None:
     os.close(master)
 
 
-def measure_one(case: Case, data: Data, steps: int, **more: Any) -> float:
+def drawn(count: int) -> Data:
+    """Return so many drawn images to train on, and a few to validate and to test on."""
+    pixels, labels = draw_shapes(count, seed=1)
+    few = {"train": count, "val": EVALUATED, "test": EVALUATED}
+    return Data(*(
+        Images(pixels[:n], labels[:n], TO_ONE, split=split, name="shapes", classes=CLASSES)
+        for split, n in few.items()
+    ))  # fmt: skip
+
+
+def measure_one(case: Case, data: Data, steps: int) -> float:
     """Return the seconds of one step."""
-    # As the lesson is shipped: batches, logging and threads are those of its command line.
-    recipe = replace(RECIPES["cifar"], batch_size=case.batch_size, max_epochs=1)
-    torch.set_num_threads(default_threads(case.batch_size))
     torch.manual_seed(0)
     net = MODELS[case.model]()
+    side = "lightning" if case.way == "lesson" else "plain"
     clock = Clock(steps)
     hook = register_optimizer_step_post_hook(clock)
     try:
         with tempfile.TemporaryDirectory() as folder, terminal():
-            options = Options(
-                max_steps=WARM_UP + steps, limit_val_batches=0, accelerator="cpu",
-                log_every_n_steps=2000, runs_dir=Path(folder),
-                threads=default_threads(case.batch_size),
+            # As the lesson is shipped: batches, logging, bar and threads of its command line.
+            args = lesson(side, "cifar").Args(
+                batch_size=case.batch_size, max_epochs=1, limit_train_batches=WARM_UP + steps,
+                accelerator="cpu", refresh_rate=100, runs_dir=Path(folder),
             )  # fmt: skip
-            RUN[case.way](recipe, options, data, net, WARM_UP + steps, **more)
+            args = ready(args, ROOT / side / "cifar.py")
+            torch.set_num_threads(args.threads)
+            RUN[case.way](args, data, net, WARM_UP + steps)
     finally:
         hook.remove()
     return clock.seconds
@@ -239,14 +250,13 @@ def measure(batch_sizes: list[int], rounds: int) -> dict[str, Any]:
     """Return what overhead.json holds."""
     machine = machine_now()
     most = max(batch_sizes) * 12
-    images = Images(*draw_shapes(max(most, 4000), seed=1), PIXELS["signed"])
-    data = Data("shapes", CLASSES, images, images, images)
+    data = drawn(max(most, 4000))
     cases = [Case(way, model, size) for model in MODELS for size in batch_sizes for way in WAYS]
     steps = {}
     for case in cases:
         if case.way == "floor":  # also a warm-up: kernels are chosen, memory is fetched
             once = measure_one(case, data, 2)
-        fits = len(images) // case.batch_size - WARM_UP - 1  # in one epoch
+        fits = len(data.train) // case.batch_size - WARM_UP - 1  # in one epoch
         steps[case] = max(2, min(int(SECONDS / once), fits, 400))
     times: dict[Case, list[float]] = {case: [] for case in cases}
     for turn in track(range(rounds), "measuring", disable=not sys.stdout.isatty()):
@@ -255,7 +265,7 @@ def measure(batch_sizes: list[int], rounds: int) -> dict[str, Any]:
             times[case].append(measure_one(case, data, steps[case]))
     return {
         "machine": machine,
-        "versions": runs.versions(),
+        "versions": versions(),
         "setting": {"rounds": rounds, "threads": {b: default_threads(b) for b in batch_sizes}},
         "steps": [
             {**case._asdict(), "count": steps[case], "seconds": times[case]} for case in cases
@@ -382,12 +392,15 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
+ONE_BATCH = [w for s in ("train", "val", "test") for w in (f"--limit-{s}-batches", "1")]
+
+
 def start(side: str) -> dict[str, Any]:
     """Start a side of the lesson for one step; return seconds until its end, and bytes."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", SMALL_PARENT, sys.executable]
         command += [str(ROOT / side / "cifar.py"), "--data", "shapes", "--runs-dir", folder]
-        command += ["--max-steps", "1", "--limit-test-batches", "1"]
+        command += ["--max-epochs", "1", *ONE_BATCH]
         began = time.perf_counter()
         peak = int(subprocess.check_output(command))
         took = time.perf_counter() - began
@@ -544,10 +557,7 @@ def tables(found: dict[str, Any]) -> dict[str, list[list[str]]]:
 def texts(found: dict[str, Any]) -> dict[Path, str]:
     """Return what stands between the marks of each page."""
     every = [f"**{title}**\n\n{markdown(*rows)}" for title, rows in tables(found).items()]
-    return {
-        ROOT / "docs" / "speed.md": "\n\n".join([made_on(found), *every]),
-        ROOT / "README.md": f"{made_on(found)}\n\n{markdown(*goal_rows(found))}",
-    }
+    return {ROOT / "docs" / "speed.md": "\n\n".join([made_on(found), *every])}
 
 
 def write(found: dict[str, Any], output: Path) -> None:
@@ -559,15 +569,15 @@ def write(found: dict[str, Any], output: Path) -> None:
         Console(width=None if sys.stdout.isatty() else 140).print(table)
     picture = io.BytesIO()
     draw(found).savefig(picture, format="png", dpi=100)
-    runs._write(output / "overhead.png", lambda path: path.write_bytes(picture.getvalue()))
+    write_whole(output / "overhead.png", lambda path: path.write_bytes(picture.getvalue()))
     text = json.dumps(found, indent=1) + "\n"
-    runs._write(output / "overhead.json", lambda path: path.write_text(text))
+    write_whole(output / "overhead.json", lambda path: path.write_text(text))
     print(f"Written to {output}/: overhead.json, overhead.png")
     if output.resolve() != ROOT / "docs" / "speed":
         return  # a trial, which shall not change the pages
     for page, inside in texts(found).items():
         filled = fill(page.read_text(), {"overhead": inside}, "bench.overhead")
-        runs._write(page, lambda path, filled=filled: path.write_text(filled))
+        write_whole(page, lambda path, filled=filled: path.write_text(filled))
         print(f"The tables of {page} are written anew.")
 
 

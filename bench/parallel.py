@@ -7,10 +7,13 @@ gradients sent and not sent, then an all-reduce alone. It writes parallel.json a
 """
 
 from bench import report
-from bench.workers import GRADIENTS, RECIPE, WARM_UP, Job, groups, lesson
-from common import ROOT, SIDES, runs
-from common.data import PIXELS, Data, Images
+from bench.workers import GRADIENTS, WARM_UP, Job, groups, lesson
+from common import ROOT, SIDES
+from common.data import Data, Images
+from common.folders import write_whole
 from common.messages import BadInput, Parser, Stopped, clear_messages, notice
+from common.networks import TO_ONE
+from common.proof.fingerprints import versions
 from common.shapes import CLASSES, draw_shapes
 
 import argparse
@@ -33,8 +36,12 @@ def measure(devices: list[int], batch_sizes: list[int], rounds: int, steps: int)
     for side in SIDES:
         lesson(side)
     count = max(batch_sizes) * (WARM_UP + steps)
-    images = Images(*draw_shapes(count, seed=1), PIXELS[RECIPE.pixels])
-    data = Data("shapes", CLASSES, images, images, images)
+    drawn = draw_shapes(count, seed=1)
+    made = [
+        Images(*drawn, TO_ONE, split=split, name="shapes", classes=CLASSES)
+        for split in ("train", "val", "test")
+    ]
+    data = Data(*made)
     asked = [
         Job(number, steps, side, batch_size, sync)
         for batch_size in batch_sizes
@@ -59,7 +66,7 @@ def measure(devices: list[int], batch_sizes: list[int], rounds: int, steps: int)
     return {
         "setting": {"rounds": rounds, "steps": steps, "threads": 1, "gradient_bytes": GRADIENTS},
         "machine": machine,
-        "versions": runs.versions(),
+        "versions": versions(),
         "steps": [
             {"side": job.side, "batch_size": job.batch_size, "devices": job.devices}
             | {"sync": job.sync, "seconds": seconds}
@@ -146,7 +153,7 @@ def main(argv: list[str]) -> None:
         given.output.mkdir(parents=True, exist_ok=True)
         found = measure(given.devices, given.batch_sizes, given.rounds, given.steps)
         text = json.dumps(found, indent=1) + "\n"
-        runs._write(path, lambda path: path.write_text(text))
+        write_whole(path, lambda path: path.write_text(text))
     report.write(found, given.output)
 
 

@@ -2,7 +2,8 @@
 
 from bench import ring
 from bench.ring import markdown, size_text, time_text
-from common import SIDES, runs
+from common import SIDES
+from common.folders import write_whole
 from common.messages import BadInput
 
 import io
@@ -244,10 +245,10 @@ def write(found: dict[str, Any], folder: Path) -> None:
     draw(found).savefig(drawing, dpi=110)
     # 64 colours are enough for it, and make the file a third as large.
     picture = Image.open(drawing).convert("RGB").quantize(64)
-    runs._write(folder / "parallel.png", lambda path: picture.save(path, optimize=True))
+    write_whole(folder / "parallel.png", lambda path: picture.save(path, optimize=True))
     page = folder.with_suffix(".md")
     if page.is_file():
         text = fill(page.read_text(encoding="utf-8"), parts)
-        runs._write(page, lambda path: path.write_text(text, encoding="utf-8"))
+        write_whole(page, lambda path: path.write_text(text, encoding="utf-8"))
         print(f"The tables of {page} are written anew.")
     print(f"Written to {folder}/: parallel.json, parallel.png")

@@ -10,12 +10,15 @@ that name beside the folder, docs/speed.md.
 from bench.parallel import machine_now, number
 from bench.report import fill, read_measured
 from bench.ring import markdown
-from bench.workers import lesson
-from common import ROOT, SIDES, runs
+from common import ROOT, SIDES
+from common.data import EpochSampler
 from common.download import is_here
+from common.folders import read_metrics, write_whole
 from common.messages import BadInput, Parser, Stopped, clear_messages
-from common.options import Options
-from common.recipes import RECIPES
+from common.proof.evidence import observed, told
+from common.proof.fingerprints import fingerprints, sha256, versions
+from common.proof.lessons import load
+from common.run import ready
 
 import argparse
 import contextlib
@@ -27,15 +30,15 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
-from types import SimpleNamespace
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch.utils.data import DataLoader
 
 # What is held against each other: a lesson, and its settings. The last one shall take as long as
 # cifar and get as far as it can; docs/speed.md has its command line.
@@ -49,7 +52,9 @@ COMPARED: dict[str, tuple[str, dict[str, Any]]] = {
              freeze_at=1.0, tta=True),
     ),
 }  # fmt: skip
-# What is changed, and how: each against the recipe as it stands in common/recipes.py.
+# What is changed, and how: each against the recipe as it stands in plain/speed.py. `pixels` is no
+# option, but a change of its text.
+SIGNED = ("Normalize(CIFAR10_MEAN, CIFAR10_STD)", "Normalize((0.5,) * 3, (0.5,) * 3)")
 MEANS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "SGD with Nesterov's momentum, learning rate 0.1": dict(optimizer="sgd", lr=0.1),
@@ -68,34 +73,56 @@ MEANS: dict[str, dict[str, Any]] = {
 }
 
 
+class Clock:
+    """The processor's time from the first batch that is trained on to the first that is tested."""
+
+    def __init__(self) -> None:
+        self.began = self.ended = 0.0
+
+    def begin(self, *_: Any) -> None:
+        self.began = self.began or time.process_time()
+
+    def end(self, loader: DataLoader) -> None:
+        if loader.dataset.split == "test":  # type: ignore[attr-defined]
+            self.ended = self.ended or time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        assert 0 < self.began < self.ended, "nothing was trained, or nothing tested"
+        return self.ended - self.began
+
+
 def train(side: str, name: str, seed: int, data_dir: Path, **settings: Any) -> dict[str, Any]:
     """Train one side; return its accuracies, its weights' digest, and the processor's seconds."""
-    module = lesson(side, name)
-    # A lesson takes its times with time.perf_counter: here it shall get the processor's time.
-    clock = SimpleNamespace(perf_counter=time.process_time)
-    for function in (module.run, getattr(module, "fit_and_test", module.run)):
-        function.__globals__["time"] = clock
+    module = load(side, name, *([SIGNED] if settings.pop("pixels", "") == "signed" else []))
+    clock = Clock()
     with (
+        clear_messages(),
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
+        observed(EpochSampler, "__iter__", told(clock.begin)),
+        observed(DataLoader, "__iter__", told(clock.end)),
     ):
-        options = Options(accelerator="cpu", data_dir=data_dir, runs_dir=Path(folder))
-        options = replace(options, data="cifar10", **RECIPES[name].defaults)
-        limit = settings.pop("limit_train_batches", options.limit_train_batches)
-        options = replace(options, limit_train_batches=limit)
-        run = module.run(replace(RECIPES[name], seed=seed, **settings), options)
+        args = module.Args(
+            seed=seed, accelerator="cpu", threads=1, data="cifar10", data_dir=data_dir,
+            runs_dir=Path(folder), **settings,
+        )  # fmt: skip
+        args = ready(args, ROOT / side / f"{name}.py")
+        torch.set_num_threads(args.threads)
+        net = module.main(args)
+        val, test = read_metrics(args.folder, "val")[-1], read_metrics(args.folder, "test")[-1]
+    digest = sha256(json.dumps(fingerprints(net.state_dict())).encode())
     return {
-        "side": side, "lesson": name, "seed": seed, "cpu_seconds": run.seconds[0],
-        "val": run.val[-1]["accuracy"], "test": run.test["accuracy"],
-        "weights": runs._sha256(run.weights()),
+        "side": side, "lesson": name, "seed": seed, "cpu_seconds": clock.seconds,
+        "val": val["accuracy"], "test": test["accuracy"], "weights": digest,
     }  # fmt: skip
 
 
 def train_alone(side: str, name: str, seed: int, data_dir: Path, **settings: Any) -> dict[str, Any]:
     """Train in a process of its own, so that no time depends on what went before."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning", "bench.workers"])  # imported once, for all
+    context.set_forkserver_preload(["lightning", "common.proof.lessons"])  # imported once, for all
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(train, side, name, seed, data_dir, **settings).result()
 
@@ -124,7 +151,7 @@ def measure(seeds: list[int], few: list[int], data_dir: Path) -> dict[str, Any]:
         for what, changes in MEANS.items():
             trained = train_alone("plain", "speed", seed, data_dir, **changes)
             means.append({"means": what, **trained})
-    return {"machine": machine, "versions": runs.versions(), "seeds": rows, "means": means}
+    return {"machine": machine, "versions": versions(), "seeds": rows, "means": means}
 
 
 def seed_rows(found: dict[str, Any]) -> list[list[str]]:
@@ -139,7 +166,7 @@ def seed_rows(found: dict[str, Any]) -> list[list[str]]:
             share = mean(r["cpu_seconds"] / base[r["seed"]] for r in some)
             rows.append([
                 what, side, ", ".join(f"{100 * t:.2f}" for t in tests),
-                f"{100 * mean(tests):.2f} % ± {100 * stdev(tests):.2f}",
+                f"{100 * mean(tests):.2f} % ± {100 * stdev(tests) if len(tests) > 1 else 0:.2f}",
                 f"{mean(times):.2f} s ({min(times):.2f} to {max(times):.2f})", f"{share:.3f}",
             ])  # fmt: skip
     return rows
@@ -186,11 +213,11 @@ def write(found: dict[str, Any], output: Path) -> None:
             table.add_row(*row)
         Console(width=None if sys.stdout.isatty() else 140).print(table)
     text = json.dumps(found, indent=1) + "\n"
-    runs._write(output / "seeds.json", lambda path: path.write_text(text))
+    write_whole(output / "seeds.json", lambda path: path.write_text(text))
     page = output.with_suffix(".md")
     if page.is_file():
         filled = fill(page.read_text(), {"seeds": text_of(found)}, "bench.seeds")
-        runs._write(page, lambda path: path.write_text(filled))
+        write_whole(page, lambda path: path.write_text(filled))
         print(f"The tables of {page} are written anew.")
 
 

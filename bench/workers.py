@@ -1,17 +1,15 @@
 """The processes that `bench.parallel` measures: groups of them, each asked to work in its turn."""
 
-from common import ROOT, processes
-from common.data import Data, train_loader
+from common import ROOT, processes, run
+from common.data import Data
 from common.messages import Stopped, clear_messages
-from common.options import Options
-from common.recipes import RECIPES
+from common.models import Net
+from common.proof.lessons import load
 
 import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib.util
-import itertools
 import multiprocessing
 import os
 import signal
@@ -20,20 +18,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import LambdaCallback
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-RECIPE = RECIPES["parallel"]
+USUAL = DistributedDataParallel.__init__
 WARM_UP = 5  # steps before the clock starts: DDP orders its buckets anew after the first one
-GRADIENTS = 4 * sum(p.numel() for p in RECIPE.model().parameters())
+GRADIENTS = 4 * sum(p.numel() for p in Net().parameters())
 SIZES = sorted([*(1000 * 4**n for n in range(9)), GRADIENTS])  # bytes: 1 KB to 66 MB
 
 
@@ -49,40 +48,31 @@ class Job(NamedTuple):
 
 @functools.cache
 def lesson(side: str, name: str = "parallel") -> ModuleType:
-    """Import SIDE/NAME.py, once.
-
-    Both sides have modules of the same names: its siblings are forgotten afterwards.
-    """
-    path = ROOT / side / f"{name}.py"
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec: Any = importlib.util.spec_from_file_location(f"{side}_{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(path.parent))
-        for sibling in path.parent.glob("*.py"):
-            sys.modules.pop(sibling.stem, None)
+    """Import SIDE/NAME.py, once."""
+    return load(side, name)
 
 
 class Clock:
     """Called after each optimizer step, on either side; takes the time of those after the warm-up.
 
-    All processes begin together.
+    All processes begin together. `weights` is the digest of what the last step left.
     """
+
+    weights = ""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.done = steps, 0
         self.began = self.ended = 0.0
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.done += 1
         if self.done == WARM_UP:
             dist.barrier()
             self.began = time.perf_counter()
         elif self.done == WARM_UP + self.steps:
             self.ended = time.perf_counter()
+            # Here: before it tests, the Trainer sends the first process's weights to all.
+            self.weights = _digest(optimizer)
 
     @property
     def seconds(self) -> float:
@@ -95,45 +85,48 @@ def train(job: Job, data: Data) -> dict[str, Any]:
 
     The step is the lesson's own: fetch the batch, forward, backward, all-reduce, update.
     """
-    recipe = replace(RECIPE, batch_size=job.batch_size, max_epochs=1)
     clock, module = Clock(job.steps), lesson(job.side)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, contextlib.ExitStack() as stack:
-        options = Options(
+        args = module.Args(
+            batch_size=job.batch_size,
+            max_epochs=1,
             limit_train_batches=WARM_UP + job.steps,
-            limit_val_batches=0,
+            limit_val_batches=1,
+            limit_test_batches=1,
             log_every_n_steps=10**9,
             accelerator="cpu",
             devices=job.devices,
+            threads=1,
+            refresh_rate=0,
             runs_dir=Path(folder),
         )
-        torch.use_deterministic_algorithms(True, warn_only=True)  # as both sides do
-        torch.manual_seed(recipe.seed)
-        net = recipe.model()
+        args = run.ready(args, ROOT / job.side / "parallel.py")
+        # The processes have met, the data is here, and nobody sees a bar.
+        for name, instead in (
+            ("start_process", lambda *_: None),
+            ("tqdm", lambda loader, *_, **__: loader),
+        ):
+            if hasattr(module, name):
+                stack.enter_context(patch.object(module, name, instead))
+        stack.enter_context(patch.object(processes, "in_turn", lambda *_: data))
+        if not job.sync:
+            stack.enter_context(patch.object(DistributedDataParallel, "__init__", _begin_silent))
         stack.callback(register_optimizer_step_post_hook(clock).remove)
-        if job.side == "plain":
-            t: Any = processes.Training(net, torch.device("cpu"), {}, Path(folder), None)
-            t.model = module.wrap(net, recipe, options, t.device)
-            t.optimizer = module.cifar.configure_optimizers(net, recipe)
-            t.loader = train_loader(data.train, recipe, options)
-            t.batches = WARM_UP + job.steps
-            if not job.sync:
-                stack.enter_context(t.model.no_sync())
-            module.train_epoch(t, itertools.islice(t.loader, t.batches), recipe, options, 0)
-        else:
-            model = module.LitParallel(net, recipe, options.log_every_n_steps)
-            trainer = module.make_parallel_trainer(recipe, options)
-            if not job.sync:
-                begin = lambda trainer, _: stack.enter_context(trainer.strategy.model.no_sync())  # noqa: E731
-                trainer.callbacks.append(LambdaCallback(on_train_start=begin))
-            module.start_process(trainer, model)
-            trainer.fit(model, module.SharedData(data, recipe, options))
+        module.main(args)
     weights: list[Any] = [None] * job.devices
-    dist.all_gather_object(weights, _digest(net))
+    dist.all_gather_object(weights, clock.weights)
     return {"seconds": _slowest(clock.seconds), "weights": weights}
 
 
-def _digest(net: torch.nn.Module) -> str:
-    weights = torch.cat([p.detach().flatten() for p in net.parameters()])
+def _begin_silent(model: Any, *args: Any, usual: Any = USUAL, **kwargs: Any) -> None:
+    """Make a DistributedDataParallel that never sends gradients, as if all were in no_sync."""
+    usual(model, *args, **kwargs)
+    model.require_backward_grad_sync = False
+
+
+def _digest(optimizer: torch.optim.Optimizer) -> str:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    weights = torch.cat([p.detach().flatten() for p in parameters])
     return hashlib.sha256(weights.numpy().tobytes()).hexdigest()
 
 
@@ -174,7 +167,7 @@ def work(rank: int, devices: int, port: int, pipe: Connection, data: Data) -> No
     with clear_messages(), Path(os.devnull).open("w") as nowhere:
         sys.stdout = nowhere  # no progress bars
         try:
-            lesson("plain").start_process(RECIPE, Options(accelerator="cpu"))
+            dist.init_process_group("gloo", timeout=timedelta(seconds=300))
             for job in iter(pipe.recv, None):
                 answer = train(job, data) if job.side else all_reduces(job)
                 if rank == 0:

@@ -1,4 +1,4 @@
-"""What both sides need and nothing about how to train: recipes, data, models, results, parity."""
+"""What lessons import, flat; and two folders that none imports: what proves, and the doctor."""
 
 from common.messages import one_sentence_during_imports
 

@@ -1,6 +1,6 @@
 """A whole data set on one device, handed out in batches: no workers, and no single images."""
 
-from common.data import EpochSampler, Images
+from common.data import EpochSampler, Images, count_batches
 
 import math
 from collections.abc import Iterator
@@ -15,13 +15,14 @@ class DeviceBatches:
     """The images of a split on `device`, as bytes, normalized and augmented batch by batch.
 
     In place of a DataLoader: the Trainer takes any iterable that has a length, and calls
-    `set_epoch` of its `sampler`; a loop by hand has to. `handed_out` of the sampler records the
-    order, which depends on the seed and the epoch alone, and so do the augmentations.
+    `set_epoch` of its `sampler`; a loop by hand has to. The order depends on the seed and the epoch
+    alone, and so do the augmentations.
 
     `flip` mirrors half of the images; with "alternate" those that were not mirrored in the epoch
     before (Keller Jordan's airbench, https://arxiv.org/abs/2404.00498: every pair of epochs then
     sees both forms of each image). `translate` moves each image by up to so many pixels, with its
-    border mirrored. `drop_last` leaves out the last batch where it is shorter.
+    border mirrored. `drop_last` leaves out the last batch where it is shorter; `limit` all batches
+    but the first, as args.limit_train_batches does.
 
     Yields float32 images [batch, channels, height, width], in the memory format, and labels.
     """
@@ -29,7 +30,7 @@ class DeviceBatches:
     def __init__(
         self, images: Images, batch_size: int, seed: int, device: torch.device, *,
         flip: str = "none", translate: int = 0, drop_last: bool = False,
-        memory_format: torch.memory_format = torch.contiguous_format,
+        memory_format: torch.memory_format = torch.contiguous_format, limit: int | float = 1.0,
     ) -> None:  # fmt: skip
         self.device, self.labels = device, images.labels.to(device)
         self.channels_last = memory_format == torch.channels_last
@@ -45,12 +46,13 @@ class DeviceBatches:
             laid_out(each.expand(1, *images.images.shape[1:]))
             for each in _statistics(images.transform)
         )
-        self.sampler = EpochSampler(len(images), seed)
+        batches = count_batches(math.ceil(len(images) / batch_size), limit)
+        self.sampler = EpochSampler(len(images), seed, batches * batch_size)
         self.batch_size, self.drop_last, self.seed = batch_size, drop_last, seed
         self.flip, self.translate = flip, translate
 
     def __len__(self) -> int:
-        count = len(self.labels) / self.batch_size
+        count = len(self.sampler) / self.batch_size
         return int(count) if self.drop_last else math.ceil(count)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -6,8 +6,6 @@ names and puts "model." before every weight's.
 """
 
 from common.messages import BadInput
-from common.models import NETWORKS
-from common.recipes import RECIPES, Recipe
 
 import contextlib
 import os
@@ -16,8 +14,7 @@ import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -232,15 +229,17 @@ def fill(model: nn.Module, content: Mapping[str, Any], path: Path) -> None:
             break
     else:
         found = weights(content, path)
-    if differences := _differences(wanted, found):
-        fault = f"does not fit {type(model).__name__}: {_say(differences)}"
+    if faults := differences(wanted, found):
+        fault = f"does not fit {type(model).__name__}: {say(faults)}"
+        from common.networks import identify  # which imports this module
+
         with contextlib.suppress(BadInput):
-            fault += f", since it is of {_name(identify(found))}"
+            fault += f", since it is of {identify(found).title}"
         _refuse(path, fault)
     model.load_state_dict(found)
 
 
-def _differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, list[str]]:
+def differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Return the names that are missing, unexpected or of another form, for each kind if any."""
     kinds = {
         "missing": [repr(name) for name in wanted if name not in found],
@@ -254,63 +253,12 @@ def _differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> d
     return {kind: names for kind, names in kinds.items() if names}
 
 
-def _say(differences: dict[str, list[str]]) -> str:
+def say(faults: dict[str, list[str]]) -> str:
     """Say how many weights differ in which way, and the first of each."""
     return " and ".join(
-        f"{len(names)} {kind} (the first: {names[0]})" for kind, names in differences.items()
+        f"{len(names)} {kind} (the first: {names[0]})" for kind, names in faults.items()
     )
 
 
 def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def identify(weights: Mapping[str, Tensor], lesson: str | None = None) -> Recipe:
-    """Return the recipe of the lesson whose network has these weights, by names and shapes.
-
-    Where several lessons have the same network, `lesson` decides, else the first one. Raises
-    BadInput, with the networks that there are, where no lesson has such a network.
-    """
-    networks = []
-    for recipe in _recipes():
-        with torch.device("meta"):  # shapes without numbers: VGG16 takes 10 ms and no memory
-            networks.append((recipe, network(recipe).state_dict()))
-    shapes = _shapes(weights)
-    fitting = [recipe for recipe, state in networks if _shapes(state) == shapes]
-    if fitting:
-        return next((recipe for recipe in fitting if recipe.lesson == lesson), fitting[0])
-    faults = {_name(recipe): _differences(state, weights) for recipe, state in networks}
-    nearest = min(faults, key=lambda name: sum(map(len, faults[name].values())))
-    raise BadInput(
-        f"these weights fit no network of the lessons ({', '.join(faults)}); the nearest is "
-        f"{nearest}, with {_say(faults[nearest])}: name a checkpoint that one of these lessons "
-        "wrote."
-    )
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in state.items()}
-
-
-def _name(recipe: Recipe) -> str:
-    chosen = getattr(recipe, "backbone", getattr(recipe, "network", ""))
-    return f"{recipe.lesson} {chosen}".strip()
-
-
-def network(recipe: Recipe) -> nn.Module:
-    """Build a recipe's network, with initial weights."""
-    backbone = getattr(recipe, "backbone", None)
-    return recipe.model(backbone) if backbone else recipe.model()
-
-
-def _recipes() -> Iterator[Recipe]:
-    """Yield every lesson's recipe, once for each network where the lesson leaves the choice."""
-    for recipe in RECIPES.values():
-        choices = {own.name: own.metadata.get("choices", ()) for own in fields(recipe)}
-        if "backbone" in choices:
-            yield from (replace(recipe, backbone=name) for name in choices["backbone"])
-        elif "network" in choices:
-            for name in choices["network"]:
-                yield replace(recipe, network=name, model=NETWORKS.get(name, recipe.model))
-        else:
-            yield recipe

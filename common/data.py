@@ -6,17 +6,16 @@ the training step itself (docs/speed.md).
 """
 
 from common import shapes
-from common.download import Source, Unreachable, read_real, source
+from common.download import Contents, Part, Source, Unreachable, read_real, source
 from common.download import is_here as is_here
 from common.messages import BadInput, notice
-from common.options import Options, count_batches
-from common.recipes import Recipe
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -42,29 +41,28 @@ class Normalize:
         return images.sub_(self.mean).div_(self.std)
 
 
-# What a recipe's `pixels` stands for: applied to batches that are scaled to [0, 1].
-PIXELS = {
-    "unit": None,
-    "signed": Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),  # to [-1, 1]
-    # Mean and spread of CIFAR-10's own training images become 0 and 1.
-    "standard": Normalize(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
-    # What torchvision's pretrained networks were trained with:
-    # https://docs.pytorch.org/vision/0.29/models.html
-    "imagenet": Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-}
+# Of CIFAR-10's own training images, whose mean and spread then become 0 and 1.
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+# What torchvision's pretrained networks were trained with:
+# https://docs.pytorch.org/vision/0.29/models.html
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, eq=False)
 class Images(Dataset):
     """One split: images, uint8 [count, channels, height, width], and labels, int64 [count].
 
-    The transforms get a whole batch: of images, scaled to [0, 1], and of labels.
+    The transforms get a whole batch: of images, scaled to [0, 1], and of labels. `split` is train,
+    val or test, `name` the data set, `classes` the classes' names.
     """
 
     images: Tensor
     labels: Tensor
     transform: Callable[[Tensor], Tensor] | None = None
     target_transform: Callable[[Tensor], Tensor] | None = None
+    split: str = ""
+    name: str = ""
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,15 +84,20 @@ class Images(Dataset):
         )
 
 
-@dataclass(frozen=True)
-class Data:
-    """A data set by name, with its class names and its three splits."""
+class Data(NamedTuple):
+    """The three splits of a data set."""
 
-    name: str
-    classes: tuple[str, ...]
     train: Images
     val: Images
     test: Images
+
+    @property
+    def name(self) -> str:
+        return self.train.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.train.classes
 
 
 class EpochSampler(Sampler[int]):
@@ -111,83 +114,91 @@ class EpochSampler(Sampler[int]):
     `batch_size / world` are together the batch that one process would have had.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
+    def __init__(self, count: int, seed: int, first: int | None = None) -> None:
+        """Shuffle `count` samples; hand out the `first` ones of each epoch's order, else all."""
         self.count, self.seed, self.epoch = count, seed, 0
+        self.first = count if first is None else min(first, count)
         self.rank, self.world = processes()
-        self.handed_out: dict[int, list[int]] = {}
-        self.done: dict[int, list[int]] = {}
+        self.skipped: dict[int, int] = {}
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def carry_on(self, done: dict[int, list[int]]) -> None:
-        """Leave out, in each epoch, the samples that an earlier process trained on.
-
-        They are the first of that epoch's order. Begins in the last epoch among them: processes
-        that load ahead fetch the first batches before set_epoch is called.
-        """
-        self.done, self.handed_out, self.epoch = done, dict(done), max(done, default=0)
+    def skip(self, epoch: int, samples: int) -> None:
+        """Let that epoch begin after its first samples: a run that was stopped trained on them."""
+        # Processes that load ahead fetch the first batches before set_epoch is called.
+        self.epoch, self.skipped = epoch, {epoch: samples}
 
     def __len__(self) -> int:
-        return self.count // self.world  # the same for every process, or they wait for each other
+        return self.first // self.world  # the same for every process, or they wait for each other
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.count, generator=generator).tolist()
-        # Parity compares what was really handed out, by all processes together.
-        seen = self.handed_out[self.epoch] = list(self.done.get(self.epoch, []))
-        for start in range(len(seen), len(self) * self.world, self.world):
-            seen += order[start : start + self.world]
-            yield order[start + self.rank]
+        begin = self.skipped.get(self.epoch, 0)
+        yield from order[begin + self.rank : len(self) * self.world : self.world]
 
 
 def processes() -> tuple[int, int]:
-    """Return this process's number and how many train together: 0 of 1 without a process group."""
+    """Return this process's number and how many train together: 0 of 1 where it is alone."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
+    # torchrun tells it before the processes have met: a loader can be made before they do.
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def train_loader(images: Images, recipe: Recipe, options: Options) -> DataLoader:
-    """Return a loader of shuffled batches; its `sampler` is an EpochSampler.
+def count_batches(total: int, limit: int | float) -> int:
+    """Return how many of `total` batches a limit leaves, by the Trainer's rule.
 
-    The recipe's batch size is the global one: each of several processes gets its share of it.
+    A whole number counts batches, a fraction is a share of them, rounded down.
     """
-    sampler = EpochSampler(len(images), recipe.seed)
-    return _loader(images, recipe.batch_size // sampler.world, sampler, recipe, options)
+    return min(limit, total) if isinstance(limit, int) else int(limit * total)
 
 
-def eval_loader(images: Images, recipe: Recipe, options: Options) -> DataLoader:
-    """Return a loader of unshuffled batches, EVAL_BATCH_SIZE in all; every sample comes once.
+def count_samples(images: Images, args: Any) -> int:
+    """Return how many samples of a split its limit, such as args.limit_train_batches, leaves."""
+    size = args.batch_size if images.split == "train" else EVAL_BATCH_SIZE
+    batches = math.ceil(len(images) / size)
+    limit = getattr(args, f"limit_{images.split}_batches")
+    return min(count_batches(batches, limit) * size, len(images))
 
-    Several processes get as many batches each, since some wait for each other in every batch. Where
-    they do not divide the set, some have one sample less; PyTorch's DistributedSampler repeats
-    samples instead, which then count twice.
+
+def make_loaders(data: Data, args: Any) -> tuple[DataLoader, DataLoader, DataLoader]:
+    """Return the loaders of the three splits: train, shuffled by an EpochSampler, val and test.
+
+    args.limit_train_batches and its like leave out all batches but the first, here and not in the
+    loops: len(loader) is what will be trained on. args.batch_size is that of all processes
+    together, each of which gets its share.
     """
-    rank, world = processes()
-    sampler, size = range(rank, len(images), world), EVAL_BATCH_SIZE // world
-    fewest, most = len(images) // world, math.ceil(len(images) / world)
-    while math.ceil(fewest / size) != math.ceil(most / size):
-        size += 1
-    return _loader(images, size, sampler, recipe, options)
+    return make_loader(data.train, args), make_loader(data.val, args), make_loader(data.test, args)
 
 
-def _loader(
-    images: Images,
-    batch_size: int,
-    sampler: Sampler[int] | range,
-    recipe: Recipe,
-    options: Options,
-) -> DataLoader:
-    # A loader without its own generator draws from the global one whenever it is iterated, also
-    # with shuffle=False: then validating once more changes the rest of the training.
+def make_loader(images: Images, args: Any) -> DataLoader:
+    """Return the loader of one split.
+
+    To evaluate, batches of EVAL_BATCH_SIZE come unshuffled, and every sample once. Several
+    processes get as many batches each, since some wait for each other in every batch. Where they
+    do not divide the set, some have one sample less; PyTorch's DistributedSampler repeats samples
+    instead, which then count twice.
+    """
+    count, (rank, world) = count_samples(images, args), processes()
+    sampler: Sampler[int] | range = range(rank, count, world)
+    size = EVAL_BATCH_SIZE // world
+    if images.split == "train":
+        sampler, size = EpochSampler(len(images), args.seed, count), args.batch_size // world
+    else:
+        fewest, most = count // world, math.ceil(count / world)
+        while math.ceil(fewest / size) != math.ceil(most / size):
+            size += 1
     return DataLoader(
         images,
-        batch_size=batch_size,
+        batch_size=size,
         sampler=sampler,
-        num_workers=options.num_workers,
+        num_workers=args.num_workers,
         collate_fn=_whole_batch,
-        generator=torch.Generator().manual_seed(recipe.seed),
+        # A loader without its own generator draws from the global one whenever it is iterated, also
+        # with shuffle=False: then validating once more changes the rest of the training.
+        generator=torch.Generator().manual_seed(args.seed),
     )
 
 
@@ -196,64 +207,77 @@ def _whole_batch(batch: Any) -> Any:
     return batch
 
 
-def load_data(recipe: Recipe, options: Options) -> Data:
-    """Find the images and say which ones they are.
+def load_images(name: str, args: Any, transform: Callable[[Tensor], Tensor] | None = None) -> Data:
+    """Find the images of cifar10 or fashionmnist; say which they are, and note it in `args`.
 
-    `options.data` "auto" looks for the real files under `options.data_dir`, then tries to download
-    them, then draws shapes; the name of a data set never falls back; "shapes" looks nowhere.
+    args.data "auto" looks for the real files under args.data_dir, then tries to download them, then
+    draws shapes; the name of a data set never falls back; "shapes" looks nowhere. `transform` gets
+    whole batches, scaled to [0, 1].
 
     Raises BadInput where a data file is damaged, the folder is missing or cannot be written to, the
     real data cannot be had and no fall-back was allowed, or a limit leaves no batch.
     """
+    if args.data not in ("auto", "shapes", name):
+        raise BadInput(
+            f"this lesson trains on {name}, and --data {args.data} asks for another set; use "
+            f"--data {name}, shapes or auto."
+        )
     parts = None
-    if options.data != "shapes":
+    if args.data != "shapes":
         try:
-            parts = _real(recipe.data, options.data_dir)
+            parts = read_real(name, args.data_dir)
         except Unreachable as reason:
-            real = source(recipe.data)
-            if options.data == recipe.data:
+            real = source(name)
+            if args.data == name:
                 raise BadInput(
-                    f"{real.title} is not in '{options.data_dir}' and could not be downloaded "
+                    f"{real.title} is not in '{args.data_dir}' and could not be downloaded "
                     f"({reason}); put the folder {real.folder} there, or use --data shapes."
                 ) from None
-            _print_notice(real, options.data_dir, reason)
-    name = recipe.data if parts else "shapes"
-    data = _split(name, *(parts or _shapes_like(recipe.data)), recipe)
-    _check_limits(data, recipe, options)
-    print(
-        f"Data: {data.name}, {len(data.train):,} images to train on, {len(data.val):,} to validate "
-        f"on, {len(data.test):,} to test on."
-    )
+            _print_notice(real, args.data_dir, reason)
+    used = name if parts else "shapes"
+    data = _split(used, *(parts or _shapes_like(name)), args.seed, transform)
+    _check_limits(data, args)
+    args.used_data, args.classes = data.name, data.classes
+    if processes()[0] == 0:
+        print(
+            f"Data: {used}, {len(data.train):,} images to train on, {len(data.val):,} to validate "
+            f"on, {len(data.test):,} to test on."
+        )
     return data
 
 
 def _split(
-    name: str, classes: tuple[str, ...], train: Images, test: Images, recipe: Recipe
+    name: str,
+    classes: tuple[str, ...],
+    train: Part,
+    test: Part,
+    seed: int,
+    transform: Callable[[Tensor], Tensor] | None,
 ) -> Data:
-    """Take the validation images out of the training images, drawn by the recipe's seed."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed))
+    """Take the validation images out of the training images, drawn by the seed."""
+    order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(seed))
     val, rest = order[:VALIDATION], order[VALIDATION:]
-    transform = PIXELS[recipe.pixels]
+    parts = {
+        "train": (train[0][rest], train[1][rest]),
+        "val": (train[0][val], train[1][val]),
+        "test": test,
+    }
     return Data(
-        name,
-        classes,
-        train=Images(train.images[rest], train.labels[rest], transform),
-        val=Images(train.images[val], train.labels[val], transform),
-        test=Images(test.images, test.labels, transform),
+        *(
+            Images(*part, transform, split=split, name=name, classes=classes)
+            for split, part in parts.items()
+        )
     )
 
 
-def _shapes_like(name: str) -> tuple[tuple[str, ...], Images, Images]:
+def _shapes_like(name: str) -> Contents:
     """Return shapes in the format of a real data set: their classes, to train on, to test on."""
     kind, count = {"cifar10": ("coloured", 50_000), "fashionmnist": ("grey", 60_000)}[name]
-    train, test = shapes.kept(kind, count, seed=1), shapes.kept(kind, 10_000, seed=2)
-    return shapes.CLASSES, Images(*train), Images(*test)
-
-
-def _real(name: str, folder: Path) -> tuple[tuple[str, ...], Images, Images]:
-    """Read a real data set: its classes, the images to train on, those to test on."""
-    classes, train, test = read_real(name, folder)
-    return classes, Images(*train), Images(*test)
+    return (
+        shapes.CLASSES,
+        shapes.kept(kind, count, seed=1),
+        shapes.kept(kind, 10_000, seed=2),
+    )
 
 
 def _print_notice(real: Source, folder: Path, reason: Exception) -> None:
@@ -267,28 +291,27 @@ def _print_notice(real: Source, folder: Path, reason: Exception) -> None:
     )
 
 
-def _check_limits(data: Data, recipe: Recipe, options: Options) -> None:
+def _check_limits(data: Data, args: Any) -> None:
     """Refuse a share that is smaller than one batch, and fewer images than devices."""
-    devices = options.devices * getattr(recipe, "num_nodes", 1)
-    for stage, images, size, limit in (
-        ("train", data.train, recipe.batch_size, options.limit_train_batches),
-        ("val", data.val, EVAL_BATCH_SIZE, options.limit_val_batches),
-        ("test", data.test, EVAL_BATCH_SIZE, options.limit_test_batches),
-    ):
+    devices = args.devices * getattr(args, "num_nodes", 1)
+    for images in data:
+        size = args.batch_size if images.split == "train" else EVAL_BATCH_SIZE
         batches = math.ceil(len(images) / size)
+        limit = getattr(args, f"limit_{images.split}_batches")
         if len(images) < devices:
             raise BadInput(
-                f"there are {len(images)} {stage} images for {devices} devices; use fewer devices."
+                f"there are {len(images)} {images.split} images for {devices} devices; use fewer "
+                "devices."
             )
         if count_batches(batches, limit) < 1:
             raise BadInput(
-                f"--limit-{stage}-batches {limit} is less than one batch of the {batches} there "
-                f"are; use a number of batches, or a larger share."
+                f"--limit-{images.split}-batches {limit} is less than one batch of the {batches} "
+                f"there are; use a number of batches, or a larger share."
             )
-    last = len(data.train) % recipe.batch_size or recipe.batch_size
-    backbone = getattr(recipe, "backbone", "vgg16")  # the only one without BatchNorm
-    if 1 in (recipe.batch_size, last) and backbone != "vgg16":
+    last = len(data.train) % args.batch_size or args.batch_size
+    backbone = getattr(args, "backbone", "vgg16")  # the only one without BatchNorm
+    if 1 in (args.batch_size, last) and backbone != "vgg16":
         raise BadInput(
-            f"--batch-size {recipe.batch_size} makes a batch of one image, over which the "
+            f"--batch-size {args.batch_size} makes a batch of one image, over which the "
             f"BatchNorm of {backbone} can take no average; choose another size, or vgg16."
         )

@@ -3,8 +3,8 @@
 Only a download needs torchvision, whose import takes seconds.
 """
 
+from common.folders import is_writable
 from common.messages import BadInput
-from common.options import Options, is_writable
 
 import contextlib
 import hashlib
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+DATA_DIR = Path("data")  # where the images lie unless --data-dir or DATA_DIR says otherwise
 NETWORK_SECONDS = 8.0  # how long to wait for the server before saying that there is no network
 
 # Images, uint8 [count, channels, height, width], and their labels, int64 [count].
@@ -155,10 +156,10 @@ def read_real(name: str, folder: Path) -> Contents:
             f"--data-dir '{folder}' holds the data files themselves; name the folder above it, "
             f"'{above}', in which they lie as {real.folder}."
         )
-    if folder != Options.data_dir and not folder.is_dir():
+    if folder != DATA_DIR and not folder.is_dir():
         raise BadInput(
             f"the data folder '{folder}' is not there; create it, or leave out --data-dir and "
-            f"DATA_DIR to use '{Options.data_dir}'."
+            f"DATA_DIR to use '{DATA_DIR}'."
         )
     if not is_here(folder, name):
         _download(real, folder)

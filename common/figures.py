@@ -94,6 +94,8 @@ def _curves(result: dict[str, Any]) -> "Figure":
         1, 2, gridspec_kw={"left": 0.07, "right": 0.98, "bottom": 0.13, "wspace": 0.2}
     )
     losses = torch.tensor([math.nan if x is None else x for x in result["train_loss"]])
+    # What was seen is what was backpropagated: of a group of batches, each its share.
+    losses *= result["hyperparameters"].get("accumulate_grad_batches", 1)
     window = max(1, len(losses) // 20)
     means = losses.unfold(0, window, 1).mean(1).numpy()
     left.plot(
@@ -124,32 +126,22 @@ def _curves(result: dict[str, Any]) -> "Figure":
 
 
 def _optimizer(result: dict[str, Any], rows: list[dict[str, Any]]) -> "Figure":
-    """Draw the learning rate, the gradients' norm and the scale of the loss over the steps."""
-    figure = _figure(12, 3.8)
+    """Draw the learning rate and the gradients' norm over the logged steps."""
+    figure = _figure(10, 3.8)
     figure.suptitle(_heading(result))
-    panels = {
-        "learning rate": {"train_lr": ""},
-        "norm of all gradients": {
-            "train_grad_norm": "before clipping",
-            "train_grad_norm_clipped": "after clipping",
-        },
-        "scale of the loss": {"train_loss_scale": ""},
-    }
-    axes = figure.subplots(
-        1, 3, gridspec_kw={"left": 0.05, "right": 0.98, "bottom": 0.14, "top": 0.83}
-    )
-    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-        for (name, label), style in zip(lines.items(), ("-", "--"), strict=False):
-            axis.plot(
-                [row["step"] + 1 for row in rows],
-                [row[name] for row in rows],
-                style,
-                color=BLUE if style == "-" else ORANGE,
-                label=label,
-            )
-        axis.set(xlabel="optimizer step", title=title, ylim=(0, None))
-        if len(lines) > 1:
-            axis.legend()
+    steps = [row["step"] + 1 for row in rows]
+    sides = {"left": 0.07, "right": 0.98, "bottom": 0.14, "top": 0.83}
+    left, right = figure.subplots(1, 2, gridspec_kw=sides)
+    left.plot(steps, [row["train_lr"] for row in rows], color=BLUE)
+    left.set(xlabel="optimizer step", title="learning rate", ylim=(0, None))
+    norms = [row["train_grad_norm"] for row in rows]
+    right.plot(steps, norms, color=BLUE, label="before clipping")
+    settings = result["hyperparameters"]
+    if settings["gradient_clip_algorithm"] == "norm" and settings["gradient_clip_val"]:
+        most = settings["gradient_clip_val"]
+        right.axhline(most, color=ORANGE, linestyle="--", label=f"clipped to {most}")
+    right.set(xlabel="optimizer step", title="norm of all gradients", ylim=(0, None))
+    right.legend()
     return figure
 
 

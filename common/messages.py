@@ -54,10 +54,10 @@ def clear_messages() -> Iterator[None]:
     Also keeps Lightning's advertisements and notes off the screen, and nine warnings: two about
     how many processes should load data, which would cost more than our batches take; one about
     Lightning's own code; one that there are fewer steps than `--log-every-n-steps`; two that a
-    run's folder, in which W&B has just begun to write, or that is carried on in, is not empty; and
-    one that a loader cannot be resumed, because it has no state_dict: ours is told by `carry_on`;
+    run's folder, in which W&B has just begun to write, or that is resumed in, is not empty; and
+    one that a loader cannot be resumed, because it has no state_dict: ours is told by `skip`;
     one that there is SLURM's `srun`, by which one process need not be started; and one that a run
-    is carried on in another folder.
+    is resumed in another folder.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

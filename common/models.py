@@ -197,8 +197,8 @@ class Airbench(nn.Module):
         return self.head(F.max_pool2d(x, 3).flatten(1)) / 9
 
 
-# What the lesson speed trains beside the tutorial's network.
-NETWORKS: dict[str, type[nn.Module]] = {"small": SmallNet, "airbench": Airbench}
+# What the lesson speed can train.
+NETWORKS: dict[str, type[nn.Module]] = {"net": Net, "small": SmallNet, "airbench": Airbench}
 
 
 class Averaged(nn.Module):

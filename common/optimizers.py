@@ -1,7 +1,6 @@
-"""What both sides of `optimize` and `speed` need: optimizers and schedules."""
+"""What both sides of `optimize` and `speed` need: schedules, and Muon."""
 
 from common.messages import Stopped
-from common.recipes import OptimizeRecipe
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,63 +8,44 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer, lr_scheduler
+from torch.optim import Optimizer, lr_scheduler
 
 
-def make_optimizer(net: nn.Module, recipe: OptimizeRecipe) -> Optimizer:
-    """Return the optimizer, with two groups of parameters.
-
-    Weight decay pulls towards 0. Biases and the scales of norms, which are the parameters with one
-    dimension, have no reason to be small, and get none.
-    """
-    matrices = [p for p in net.parameters() if p.ndim > 1]
-    vectors = [p for p in net.parameters() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors},
-    ]
-    if recipe.optimizer == "adam":
-        return Adam(groups, lr=recipe.lr)
-    return SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
-
-
-def make_scheduler(
-    optimizer: Optimizer, recipe: OptimizeRecipe, steps: int
-) -> lr_scheduler.LRScheduler | None:
-    """Return the schedule of the learning rate, None where it stays as it is.
+def make_schedule(optimizer: Optimizer, args: Any, steps: int) -> lr_scheduler.LRScheduler:
+    """Return the schedule of the learning rate that args.schedule names.
 
     `steps` counts the optimizer steps of the whole training. A schedule is told how often it will
     be moved on: told of epochs and moved on by steps, or the other way round, it does nearly
     nothing, or ends far too early.
     """
-    total = steps if recipe.interval == "step" else recipe.max_epochs
+    total = steps if args.interval == "step" else args.max_epochs
     warmup = max(1, total // 10)
-    if recipe.schedule == "cosine":
+    if args.schedule == "cosine":
         up = lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=warmup)
         down = lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - warmup))
         return lr_scheduler.SequentialLR(optimizer, [up, down], [warmup])
-    if recipe.schedule == "onecycle":
-        return lr_scheduler.OneCycleLR(optimizer, recipe.lr, total)
-    if recipe.schedule == "plateau":
+    if args.schedule == "onecycle":
+        return lr_scheduler.OneCycleLR(optimizer, args.lr, total)
+    if args.schedule == "plateau":
         return lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
-    return None
+    return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # none
 
 
-def group_weight(batch: int, size: int, images: int, recipe: OptimizeRecipe) -> float:
+def group_weight(batch: int, size: int, images: int, args: Any) -> float:
     """Return what the mean loss of a batch is multiplied by when gradients are accumulated.
 
     1.0 is what the Trainer does: each loss is divided by the number of batches in a full group,
     also where the epoch's last group has fewer, whose gradient is then too small by that factor.
-    With `exact_accumulation`, a weight that makes the gradient that of the mean over all images of
-    the group, whatever the sizes of its batches.
+    With args.exact_accumulation, a weight that makes the gradient that of the mean over all images
+    of the group, whatever the sizes of its batches.
 
     `batch` counts from 0 in the epoch, `size` is its number of images, `images` that of an epoch.
     """
-    if not recipe.exact_accumulation:
+    if not args.exact_accumulation:
         return 1.0
-    full = recipe.accumulate_grad_batches * recipe.batch_size
-    before = batch * recipe.batch_size // full * full
-    return recipe.accumulate_grad_batches * size / min(full, images - before)
+    full = args.accumulate_grad_batches * args.batch_size
+    before = batch * args.batch_size // full * full
+    return args.accumulate_grad_batches * size / min(full, images - before)
 
 
 def diverged(what: str, step: int, loss: float, folder: Path) -> Stopped:

@@ -3,10 +3,10 @@
 `python -m common.predict CHECKPOINT IMAGE`, or `make predict CHECKPOINT=... IMAGE=...`.
 """
 
-from common.checkpoints import fill, identify, network, read, weights
-from common.data import PIXELS, Images
+from common.checkpoints import fill, read, weights
+from common.data import Images
 from common.messages import BadInput, Parser, clear_messages
-from common.recipes import Recipe
+from common.networks import Network, identify
 
 import json
 import sys
@@ -30,15 +30,15 @@ SHOWN = 5  # classes in the table
 EXAMPLE = "make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=photo.jpg"
 
 
-def picture(path: Path, recipe: Recipe) -> Tensor:
-    """Return a picture file as the recipe's network takes it: float32 [1, channels, size, size].
+def picture(path: Path, network: Network) -> Tensor:
+    """Return a picture file as a network takes it: float32 [1, channels, size, size].
 
     The middle square of it, turned as the camera says, on white where it is transparent. One of the
     data set's own images, saved as PNG, gives what `Images` hands out, bit for bit.
 
     Raises BadInput where the file is missing, unreadable, no picture, cut short, or too large.
     """
-    mode, size = FORMS[recipe.data]
+    mode, size = FORMS[network.data]
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -57,7 +57,7 @@ def picture(path: Path, recipe: Recipe) -> Tensor:
         _refuse(path, "is cut short or damaged; name another file, or save it again.")
     pixels = torch.from_numpy(np.array(square)).reshape(1, size, size, -1)  # channels last
     pixels = pixels.permute(0, 3, 1, 2).contiguous()
-    images = Images(pixels, torch.zeros(1), PIXELS[recipe.pixels])
+    images = Images(pixels, torch.zeros(1), network.normalize)
     return images.__getitems__([0])[0]
 
 
@@ -112,12 +112,12 @@ def main(argv: list[str]) -> None:
     path, image = Path(arguments.checkpoint), Path(arguments.image)
     content = read(path)
     known = about(content, path)
-    recipe = identify(weights(content, path), known.get("lesson"))
-    if known.get("lesson", recipe.lesson) != recipe.lesson:
+    network = identify(weights(content, path), known.get("lesson"))
+    if known.get("lesson", network.lesson) != network.lesson:
         known = {}  # of a run of another lesson, whose files lie in the same folder
-    model = network(recipe)
+    model = network.make()
     fill(model, content, path)
-    inputs = picture(image, recipe)
+    inputs = picture(image, network)
     model.eval()
     with torch.no_grad():
         # Right for log-probabilities too, which some networks give: softmax of the logarithms of
@@ -128,10 +128,10 @@ def main(argv: list[str]) -> None:
             f"the network in '{path}' answers with what is not a number: its training failed; "
             "train it again with a smaller --lr."
         )
-    show(shares, recipe, known, image)
+    show(shares, network, known, image)
 
 
-def show(shares: Tensor, recipe: Recipe, known: dict[str, Any], image: Path) -> None:
+def show(shares: Tensor, network: Network, known: dict[str, Any], image: Path) -> None:
     """Print the classes with the largest of the probabilities, [classes], and the verdict."""
     classes: Any = known.get("classes")
     # What a file says is not trusted: it must be as many names, and printable ones.
@@ -141,7 +141,7 @@ def show(shares: Tensor, recipe: Recipe, known: dict[str, Any], image: Path) -> 
         and all(isinstance(name, str) and name.isprintable() for name in classes)
     )
     names = classes if named else [f"class {number}" for number in range(len(shares))]
-    table = Table(title=Text(f"{recipe.lesson}: {image.name}"), title_justify="left")
+    table = Table(title=Text(f"{network.lesson}: {image.name}"), title_justify="left")
     table.add_column("class")
     table.add_column("probability", justify="right")
     order = shares.argsort(descending=True).tolist()

@@ -47,9 +47,10 @@ def load_pretrained(net: Transfer, backbone: str, choice: str) -> str:
     return "imagenet"
 
 
-def is_here(backbone: str) -> bool:
-    """Tell whether a network's pretrained weights have been downloaded, whole or damaged."""
-    return _place(backbone)[1].exists()
+def came_after(backbone: str, file: Path) -> bool:
+    """Tell whether a network's pretrained weights came to this machine after a file was written."""
+    path = _place(backbone)[1]
+    return path.exists() and file.exists() and path.stat().st_ctime > file.stat().st_mtime
 
 
 def _place(backbone: str) -> tuple[str, Path]:

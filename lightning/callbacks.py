@@ -1,32 +1,47 @@
 """What runs around the loop, by Lightning's callbacks and loggers.
 
-Run it with `make lightning-callbacks`. Its twin is plain/callbacks.py (`make plain-callbacks`).
+Run it with `make lightning-callbacks`. Its twin is plain/callbacks.py.
 """
 
 # %% Imports
 from common import figures
-from common.runs import Run, command_line, config_of, report, start_folder
+from common.data import Normalize, load_images
+from common.models import DeepNet
+from common.run import Options, run
 
-import os
+from dataclasses import dataclass
+from typing import Literal
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from cifar import ImageDataModule, LitClassifier
-from fashion import fit_and_test, prepare
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torchmetrics import Accuracy
 
 
+# %% Hyperparameters
+@dataclass
+class Args(Options):
+    lr: float = 2e-4  # learning rate of Adam
+    batch_size: int = 32  # images in one batch
+    max_epochs: int = 50  # passes over the training set, at most
+    patience: int = 3  # epochs without improvement after which it stops
+    min_delta: float = 0.0  # what counts as improvement: more than this
+    logger: Literal["csv", "tensorboard", "wandb"] = "csv"  # where values go
+
+
 # %% Loggers and pictures
-def make_loggers(folder, kind):
-    loggers = [CSVLogger(folder.parent, folder.name, version="", flush_logs_every_n_steps=1)]
-    if kind == "tensorboard":
-        loggers.append(TensorBoardLogger(folder, kind, version="", default_hp_metric=False))
-    if kind == "wandb":
-        mode = os.environ.get("WANDB_MODE", "offline")
-        loggers.append(WandbLogger(project="callbacks", save_dir=folder, mode=mode))
+def make_loggers(args):
+    loggers = [CSVLogger(args.folder.parent, args.folder.name, version="")]
+    if args.logger == "tensorboard":
+        folder = dict(name="tensorboard", version="")
+        loggers.append(
+            TensorBoardLogger(args.folder, **folder, default_hp_metric=False)
+        )
+    if args.logger == "wandb":
+        loggers.append(WandbLogger(project="callbacks", save_dir=args.folder))
     return loggers
 
 
@@ -36,113 +51,87 @@ class ImagePredictionLogger(L.Callback):
 
     #: The last hook before the Trainer goes back to train mode, and without gradients.
     def on_validation_end(self, trainer, module):
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        #: Before it trains, the Trainer tries out two validation batches.
+        if trainer.sanity_checking:
             return
         epoch, step = trainer.current_epoch, trainer.global_step - 1
         pixels = figures.predictions(module.model, self.data, epoch, self.folder)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("predictions", pixels, step, dataformats="HWC")
+                writer = logger.experiment
+                writer.add_image("predictions", pixels, step, dataformats="HWC")
             if isinstance(logger, WandbLogger):
                 logger.log_image("predictions", [pixels], step)
 
 
-# %% Early stopping and checkpoints
-def make_callbacks(recipe, options, data, folder):
-    #: After each validation. By default they look once more where --max-steps cuts an epoch short,
-    #: at a val_loss that is one epoch old.
-    after = dict(save_on_train_epoch_end=False, enable_version_counter=False)
-    stopping = EarlyStopping(
-        "val_loss", recipe.min_delta, recipe.patience, check_on_train_epoch_end=False
-    )
-    #: Two, because save_last=True writes last.ckpt only when there is a new best one.
-    best = ModelCheckpoint(folder / "checkpoints", "best", monitor="val_loss", **after)
-    last = ModelCheckpoint(folder / "checkpoints", "last", **after)
-    pictures, bar = ImagePredictionLogger(data, folder), TQDMProgressBar(options.refresh_rate)
-    return [stopping, best, last, pictures, bar]
+# %% Early stopping
+#: EarlyStopping, in main.
 
 
-# %% Fit
-def exact(loss):
-    #: In float64, since the Trainer's mean adds up in the type that it gets, and what is decided
-    #: by a loss must not depend on rounding. MPS has no float64.
-    return loss if loss.device.type == "mps" else loss.double()
+# %% Checkpoints
+#: ModelCheckpoint, in main. It saves weights, optimizers, callbacks, loops and
+#: hyperparameters.
 
 
+# %% Training
 class LitCallbacks(LitClassifier):
-    def __init__(self, model, recipe, settings):
-        super().__init__(model, recipe, log_every_n_steps=0)
-        #: Into every checkpoint and to every logger.
-        self.save_hyperparameters(settings, ignore=["model", "recipe"])
-        self.train_accuracy = Accuracy(task="multiclass", num_classes=10, average="micro")
+    def __init__(self, model, args):
+        #: The network ends with log_softmax; cross_entropy is nll_loss of log_softmax.
+        super().__init__(model, args, F.nll_loss)
+        self.train_accuracy = Accuracy(
+            task="multiclass", num_classes=10, average="micro"
+        )
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.model.parameters(), lr=self.hparams.lr)
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
         output = self.model(images)
-        #: The network ends with log_softmax; cross_entropy is nll_loss of log_softmax.
-        loss = F.nll_loss(output, labels)
-        self.losses.append(loss.detach())
+        loss = self.loss_function(output, labels)
         self.train_accuracy(output, labels)
-        #: Both at once: train_loss_step in every n-th step, train_loss_epoch at the epoch's end.
+        #: Both at once: train_loss_step in every n-th step, and train_loss_epoch, the
+        #: mean over the epoch, at its end.
         both = dict(on_step=True, on_epoch=True, batch_size=len(labels))
-        self.log("train_loss", exact(loss), **both)
+        self.log("train_loss", loss, **both)
         self.log("train_accuracy", self.train_accuracy, **both)
         return loss
 
-    def on_train_end(self):
-        #: Now, since to test the best checkpoint sets the callbacks back to what they were then.
-        reason = self.trainer.early_stopping_callback.stopping_reason
-        self.reason = reason.name.lower().replace("_", " ")
 
-    def validation_step(self, batch, batch_idx, stage="val"):
-        images, labels = batch
-        output = self.model(images)
-        loss = exact(F.nll_loss(output, labels))
-        self.log(f"{stage}_loss", loss, batch_size=float(len(labels)), sync_dist=True)
-        self.metrics[stage].update(output, labels)
-        self.log_dict(self.metrics[stage])
-        if stage == "test":
-            self.confusion.update(output, labels)
-
-
-def make_trainer(recipe, options, data, folder):
-    return L.Trainer(
-        max_epochs=recipe.max_epochs,
-        max_steps=options.max_steps,
-        limit_train_batches=options.limit_train_batches,
-        limit_val_batches=options.limit_val_batches,
-        limit_test_batches=options.limit_test_batches,
-        accelerator=options.accelerator,
-        devices=options.devices,
-        use_distributed_sampler=False,
+def main(args):
+    data = load_images("cifar10", args, Normalize(mean=(0.5,) * 3, std=(0.5,) * 3))
+    L.seed_everything(args.seed, verbose=False)
+    model = LitCallbacks(DeepNet(), args)
+    folder = args.folder / "checkpoints"
+    #: After each validation. By default it is at the end of the training epoch.
+    after = dict(save_on_train_epoch_end=False, enable_version_counter=False)
+    trainer = L.Trainer(
+        max_epochs=args.max_epochs,
+        accelerator=args.accelerator,
+        devices=args.devices,
         deterministic="warn",
-        logger=make_loggers(folder, recipe.logger),
-        log_every_n_steps=options.log_every_n_steps,
-        callbacks=make_callbacks(recipe, options, data, folder),
+        logger=make_loggers(args),
+        log_every_n_steps=args.log_every_n_steps,
+        callbacks=[
+            EarlyStopping("val_loss", args.min_delta, args.patience),
+            ModelCheckpoint(folder, "best", monitor="val_loss", **after),
+            #: Its own: save_last=True writes last.ckpt only where another one is saved.
+            ModelCheckpoint(folder, "last", **after),
+            ImagePredictionLogger(data, args.folder),
+            TQDMProgressBar(args.refresh_rate),
+        ],
+        use_distributed_sampler=False,
         enable_model_summary=False,
     )
-
-
-# %% Run
-def run(recipe, options):
-    data, net, start = prepare(recipe, options)
-    model = LitCallbacks(net, recipe, config_of(recipe, options, data))
-    datamodule = ImageDataModule(data, recipe, options)
-    trainer = make_trainer(recipe, options, data, start_folder(options, recipe.lesson, "lightning"))
-    results = fit_and_test(trainer, model, datamodule, best=True)
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
-    val, best = results[2], trainer.checkpoint_callback.best_model_path
-    best = torch.load(best, weights_only=True)["epoch"] if best else None
-    decisions = report(model.reason, val, best, recipe, options)
-    return Run("lightning", recipe, options, data, start, *results, decisions)
-
-
-# %% Command line
-def main():
-    command_line("callbacks", run)
+    datamodule = ImageDataModule(data, args)
+    trainer.fit(model, datamodule)
+    #: The best weights are tested, not the last ones.
+    best = folder / "best.ckpt"
+    trainer.test(model, datamodule, ckpt_path=best, verbose=False)
+    if args.logger == "wandb":
+        trainer.loggers[-1].experiment.finish()
+    return model.model
 
 
 if __name__ == "__main__":
-    main()
+    run(main, Args)

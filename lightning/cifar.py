@@ -1,150 +1,132 @@
 """The tutorial's CNN on CIFAR-10, trained by Lightning's Trainer.
 
-Run it with `make lightning-cifar`. Its twin is plain/cifar.py, run with `make plain-cifar`.
-`make diff-cifar` shows the two side by side, `make parity-cifar` proves that they do the same.
+Run it with `make lightning-cifar` or `python lightning/cifar.py`. Its twin is
+plain/cifar.py.
 """
 
 # %% Imports
-from common.data import eval_loader, load_data, train_loader
-from common.runs import Run, command_line, fingerprints, print_epoch, read_metrics, start_folder
+from common.data import Normalize, load_images, make_loader
+from common.models import Net
+from common.run import Options, run
 
-import time
+from dataclasses import dataclass
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import callbacks, loggers
-from torchmetrics import Accuracy, ConfusionMatrix, F1Score, MetricCollection
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from torchmetrics import Accuracy, F1Score, MetricCollection
 from torchsummary import summary
 
+
+# %% Hyperparameters
+@dataclass
+class Args(Options):
+    lr: float = 1e-3  # learning rate
+    momentum: float = 0.9  # of SGD
+    batch_size: int = 4  # images in one batch
+    max_epochs: int = 2  # passes over the training set
+    log_every_n_steps: int = 2000  # steps from one logged training loss to the next
+
+
 # %% Seed and device
-#: In run: L.seed_everything; and the Trainer, which moves model and batches to its accelerator.
+#: In main: L.seed_everything. The Trainer moves model and batches to its accelerator.
 
 
 # %% Data
 class ImageDataModule(L.LightningDataModule):
-    def __init__(self, data, recipe, options):
+    def __init__(self, data, args):
         super().__init__()
-        self.data, self.recipe, self.options = data, recipe, options
+        self.data, self.args = data, args
 
     def train_dataloader(self):
-        return train_loader(self.data.train, self.recipe, self.options)
+        return make_loader(self.data.train, self.args)
 
     def val_dataloader(self):
-        return eval_loader(self.data.val, self.recipe, self.options)
+        return make_loader(self.data.val, self.args)
 
     def test_dataloader(self):
-        return eval_loader(self.data.test, self.recipe, self.options)
+        return make_loader(self.data.test, self.args)
 
 
-# %% Metrics
-def make_metrics(stage):
-    ten = dict(task="multiclass", num_classes=10)
-    #: Say which average: Accuracy and F1Score take micro by default, MulticlassAccuracy macro.
-    scores = {"accuracy": Accuracy(**ten, average="micro"), "f1": F1Score(**ten, average="macro")}
-    return MetricCollection(scores, prefix=f"{stage}_")
-
-
-# %% Loss, optimizer and evaluation
+# %% Training and evaluation
 class LitClassifier(L.LightningModule):
-    def __init__(self, model, recipe, log_every_n_steps):
+    def __init__(self, model, args, loss_function=F.cross_entropy):
         super().__init__()
-        self.model, self.recipe, self.every, self.losses = model, recipe, log_every_n_steps, []
-        #: Separate objects for each stage: shared ones would add up the counts of both.
-        self.metrics = torch.nn.ModuleDict({s: make_metrics(s) for s in ("val", "test")})
-        self.confusion = ConfusionMatrix(task="multiclass", num_classes=10)
+        #: Into self.hparams, and into every checkpoint.
+        self.save_hyperparameters(args.settings())
+        self.model, self.loss_function = model, loss_function
+        #: An object for each stage: a shared one would add up the counts of both.
+        self.val_metrics = make_metrics("val_")
+        self.test_metrics = make_metrics("test_")
 
     def configure_optimizers(self):
-        if self.recipe.optimizer == "adam":
-            return torch.optim.Adam(self.parameters(), lr=self.recipe.lr)
-        return torch.optim.SGD(self.parameters(), lr=self.recipe.lr, momentum=self.recipe.momentum)
+        lr, momentum = self.hparams.lr, self.hparams.momentum
+        return torch.optim.SGD(self.model.parameters(), lr=lr, momentum=momentum)
 
+    #: The Trainer clears the gradients, calls backward and steps. It moves the batch.
     def training_step(self, batch, batch_idx):
         images, labels = batch
-        loss = F.cross_entropy(self.model(images), labels)
-        self.losses.append(loss.detach())
-        #: self.log takes time even where nothing is written: call it when the value is due.
-        if len(self.losses) % self.every == 0:
-            running = torch.stack(self.losses[-self.every :]).mean()
-            self.log("train_loss", running, prog_bar=True, sync_dist=True)
+        loss = self.loss_function(self.model(images), labels)
+        #: Written in every log_every_n_steps-th step; the call takes its time in each.
+        self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch, batch_idx, stage="val"):
-        images, labels = batch
-        logits = self.model(images)
-        loss = F.cross_entropy(logits, labels)
-        #: Averaged over the epoch and all processes; a batch_size without float is rounded down.
-        self.log(f"{stage}_loss", loss, batch_size=float(len(labels)), sync_dist=True)
-        self.metrics[stage].update(logits, labels)
-        #: The objects, not their values: then they are computed once, over all samples.
-        self.log_dict(self.metrics[stage])
-        if stage == "test":
-            self.confusion.update(logits, labels)
-
-    def on_validation_end(self):
-        #: Before it trains, the Trainer tries out two validation batches. They are no epoch.
-        if not self.trainer.sanity_checking:
-            print_epoch(self.current_epoch, self.trainer.callback_metrics, "val_")
+    #: The Trainer calls eval() and switches gradients off. Afterwards it gives each
+    #: part of the module back the mode that it had before; it never calls train().
+    def validation_step(self, batch, batch_idx):
+        self.evaluate(batch, "val", self.val_metrics)
 
     def test_step(self, batch, batch_idx):
-        self.validation_step(batch, batch_idx, stage="test")
+        self.evaluate(batch, "test", self.test_metrics)
+
+    def evaluate(self, batch, stage, metrics):
+        images, labels = batch
+        logits = self.model(images)
+        loss = self.loss_function(logits, labels)
+        #: The Trainer's mean over the epoch, each batch by its size, adds up in the
+        #: type that it gets: float64, as the loop by hand. MPS has no float64.
+        if loss.device.type != "mps":
+            loss = loss.double()
+        self.log(f"{stage}_loss", loss, batch_size=float(len(labels)), sync_dist=True)
+        metrics.update(logits, labels)
+        #: The object, not its values: then they are computed once, over all samples.
+        self.log_dict(metrics)
 
 
-# %% Fit
-#: The Trainer calls set_epoch, train, zero_grad, backward, step, eval and no_grad by itself.
-def make_trainer(recipe, options, folder, **more):
-    return L.Trainer(
-        max_epochs=recipe.max_epochs,
-        max_steps=options.max_steps,
-        limit_train_batches=options.limit_train_batches,
-        limit_val_batches=options.limit_val_batches,
-        limit_test_batches=options.limit_test_batches,
-        #: Spelled out: left to itself, the Trainer takes every GPU, and a sampler of its own.
-        accelerator=options.accelerator,
-        devices=options.devices,
-        use_distributed_sampler=False,
-        deterministic="warn",
-        logger=loggers.CSVLogger(folder.parent, folder.name, "", flush_logs_every_n_steps=1),
-        log_every_n_steps=options.log_every_n_steps,
-        callbacks=[callbacks.TQDMProgressBar(refresh_rate=options.refresh_rate)],
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        **more,
-    )
+def make_metrics(prefix):
+    ten = dict(task="multiclass", num_classes=10)
+    #: Say which average: Accuracy takes micro, MulticlassAccuracy macro by default.
+    accuracy, f1 = Accuracy(**ten, average="micro"), F1Score(**ten, average="macro")
+    return MetricCollection({"accuracy": accuracy, "f1": f1}, prefix=prefix)
 
 
 # %% Run
-def run(recipe, options):
-    torch.set_num_threads(options.threads)
-    data = load_data(recipe, options)
-    #: Before the seed: torchsummary draws random numbers for the forward pass that it makes.
-    summary(recipe.model(), tuple(data.train.images.shape[1:]), device="cpu")
-    L.seed_everything(recipe.seed, verbose=False)
-    net = recipe.model()
-    start = fingerprints(net.state_dict())
-    model = LitClassifier(net, recipe, options.log_every_n_steps)
-    datamodule = ImageDataModule(data, recipe, options)
-    trainer = make_trainer(recipe, options, start_folder(options, recipe.lesson, "lightning"))
-    began = time.perf_counter()
+def main(args):
+    data = load_images("cifar10", args, Normalize(mean=(0.5,) * 3, std=(0.5,) * 3))
+    #: Before the seed: torchsummary makes a forward pass of random numbers.
+    summary(Net(), (3, 32, 32), device="cpu")
+    L.seed_everything(args.seed, verbose=False)
+    model = LitClassifier(Net(), args)
+    trainer = L.Trainer(
+        max_epochs=args.max_epochs,
+        accelerator=args.accelerator,
+        devices=args.devices,
+        deterministic="warn",
+        logger=CSVLogger(args.folder.parent, args.folder.name, version=""),
+        log_every_n_steps=args.log_every_n_steps,
+        callbacks=[TQDMProgressBar(args.refresh_rate)],
+        #: Left to itself, the Trainer would replace the sampler by one of its own.
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    datamodule = ImageDataModule(data, args)
     trainer.fit(model, datamodule)
-    fitted = time.perf_counter()
-    order = trainer.train_dataloader.sampler.handed_out
-    losses = trainer.strategy.reduce(torch.stack(model.losses), reduce_op="mean").tolist()
-    #: With the model given, test uses its weights as they are; without, those of a checkpoint.
     trainer.test(model, datamodule, verbose=False)
-    seconds = (fitted - began, time.perf_counter() - fitted)
-    val, (test,) = read_metrics(trainer.log_dir, "val"), read_metrics(trainer.log_dir, "test")
-    confusion = model.confusion.compute()
-    test["confusion"] = confusion.tolist()
-    test["accuracy_per_class"] = (confusion.diag() / confusion.sum(1).clamp(min=1)).tolist()
-    trained = (net, trainer.optimizers[0], trainer.strategy.root_device, seconds)
-    return Run("lightning", recipe, options, data, start, order, losses, val, test, *trained)
-
-
-# %% Command line
-def main():
-    command_line("cifar", run)
+    return model.model
 
 
 if __name__ == "__main__":
-    main()
+    run(main, Args)

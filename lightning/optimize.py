@@ -1,149 +1,145 @@
 """What stands around the optimizer's step, by the Trainer's flags.
 
-Run it with `make lightning-optimize`. Its twin is plain/optimize.py (`make plain-optimize`).
+Run it with `make lightning-optimize`. Its twin is plain/optimize.py.
 """
 
 # %% Imports
-from common.optimizers import diverged, group_weight, make_optimizer, make_scheduler
-from common.options import count_batches
-from common.runs import Run, command_line, config_of, start_folder
+from common.data import Normalize, load_images
+from common.models import NormNet
+from common.optimizers import diverged, group_weight, make_schedule
+from common.run import Options, run
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
-import torch.nn.functional as F
-from callbacks import exact
+import torch
 from cifar import ImageDataModule, LitClassifier
-from fashion import fit_and_test, prepare
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 from torch.nn.utils import get_total_norm
 
 
-# %% Clipping
-#: By the Trainer: gradient_clip_val and gradient_clip_algorithm, in make_trainer.
-def grad_norm(optimizer):
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+# %% Hyperparameters
+@dataclass
+class Args(Options):
+    lr: float = 0.05  # learning rate, at its highest
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 5e-4  # of weights, not of biases and norms
+    batch_size: int = 32  # images in one batch
+    max_epochs: int = 5  # passes over the training set
+    schedule: Literal["none", "cosine", "onecycle", "plateau"] = "cosine"
+    """of the learning rate; plateau: a tenth where the validation loss does not fall"""
+    interval: Literal["step", "epoch"] = "step"  # how often the schedule moves on
+    accumulate_grad_batches: int = 2  # batches whose gradients add up to one step
+    exact_accumulation: bool = False  # each image counts the same
+    gradient_clip_val: float = 1.5  # what gradients are clipped to; 0: not
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm"  # of all; of each number
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"  # 16: for GPUs
+    label_smoothing: float = 0.1  # share of a label that is spread over all classes
+    ema_decay: float = 0.99  # of the moving average of the weights; 0: none
+
+
+# %% Optimizer
+def make_optimizer(net, args):
+    #: Weight decay pulls towards 0. Biases and scales of norms need not be small.
+    weights = [p for p in net.parameters() if p.ndim > 1]
+    others = [p for p in net.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": weights, "weight_decay": args.weight_decay},
+        {"params": others},
+    ]
+    return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum)
 
 
 # %% Moving average of the weights
-#: EMAWeightAveraging, in make_trainer: it swaps the weights for each validation, and back.
+#: EMAWeightAveraging, in main: it swaps the weights for each validation, and back.
 
 
-# %% Step
+# %% Training
 class LitOptimize(LitClassifier):
-    def __init__(self, model, recipe, settings, images, batches):
-        super().__init__(model, recipe, log_every_n_steps=0)
-        self.save_hyperparameters(settings, ignore=["model", "recipe"])
-        self.images = min(batches * recipe.batch_size, images)
-        self.steps = recipe.max_epochs * math.ceil(batches / recipe.accumulate_grad_batches)
+    def __init__(self, model, args):
+        super().__init__(model, args)
+        self.train_loss = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
 
     def configure_optimizers(self):
-        optimizer = make_optimizer(self.model, self.recipe)
-        scheduler = make_scheduler(optimizer, self.recipe, self.steps)
-        if scheduler is None:
-            return optimizer
-        interval = "step" if self.recipe.moves_on == "step" else "epoch"
-        #: The interval belongs in here. Beside lr_scheduler it would be ignored, and be an epoch.
-        schedule = {"scheduler": scheduler, "interval": interval, "monitor": "val_loss"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        optimizer = make_optimizer(self.model, self.hparams)
+        #: Of optimizer steps, not of batches: the Trainer has divided.
+        steps = self.trainer.estimated_stepping_batches
+        schedule = make_schedule(optimizer, self.hparams, steps)
+        plateau = self.hparams.schedule == "plateau"
+        #: The interval belongs in here. Beside lr_scheduler it would be ignored.
+        interval = "epoch" if plateau else self.hparams.interval
+        config = {"scheduler": schedule, "interval": interval, "monitor": "val_loss"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
 
     #: Under autocast. What comes after it is the Trainer's: the loss is divided by
-    #: accumulate_grad_batches and scaled, gradients are cleared where a group begins, backward.
+    #: accumulate_grad_batches and scaled, gradients are cleared where a group begins.
     def training_step(self, batch, batch_idx):
         images, labels = batch
-        smoothing = self.recipe.label_smoothing
-        loss = F.cross_entropy(self.model(images), labels, label_smoothing=smoothing)
+        loss = self.train_loss(self.model(images), labels)
         if not loss.isfinite():
-            raise self.diverged("loss of", self.global_step + 1, loss)
-        self.losses.append(loss.detach())
-        if self.due():
-            self.log("train_loss", loss)
-        return loss * group_weight(batch_idx, len(labels), self.images, self.recipe)
-
-    def diverged(self, what, step, loss):
-        return diverged(what, step, loss.item(), Path(self.trainer.log_dir))
-
-    def due(self):
-        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+            folder = Path(self.trainer.log_dir)
+            raise diverged("loss of", self.global_step + 1, loss.item(), folder)
+        self.log("train_loss", loss)
+        samples = len(self.trainer.train_dataloader.sampler)
+        return loss * group_weight(batch_idx, len(labels), samples, self.hparams)
 
     #: Gradients are scaled down again, and not yet clipped.
     def on_before_optimizer_step(self, optimizer):
-        if self.due():
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        #: A norm takes time: only in those steps that are written.
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            parameters = [
+                p for group in optimizer.param_groups for p in group["params"]
+            ]
+            norm = get_total_norm([p.grad for p in parameters])
+            self.log("train_grad_norm", norm)
             self.log("train_lr", optimizer.param_groups[0]["lr"])
-            self.log("train_grad_norm", grad_norm(optimizer))
-            self.log("train_loss_scale", scaler.get_scale() if scaler else 1.0)
-
-    #: Only to log: without this method the Trainer clips all the same.
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        if self.due():
-            self.log("train_grad_norm_clipped", grad_norm(optimizer))
-
-    def validation_step(self, batch, batch_idx, stage="val"):
-        images, labels = batch
-        logits = self.model(images)
-        loss = exact(F.cross_entropy(logits, labels))
-        self.log(f"{stage}_loss", loss, batch_size=float(len(labels)), sync_dist=True)
-        self.metrics[stage].update(logits, labels)
-        self.log_dict(self.metrics[stage])
-        if stage == "test":
-            self.confusion.update(logits, labels)
 
     #: Before the checkpoint is written, which shall be the last good one.
     def on_validation_epoch_end(self):
-        loss = self.trainer.callback_metrics["val_loss"]
-        if not self.trainer.sanity_checking and not loss.isfinite():
-            raise self.diverged("validation loss after", self.global_step, loss)
+        loss = self.trainer.callback_metrics["val_loss"].item()
+        if not self.trainer.sanity_checking and not math.isfinite(loss):
+            folder = Path(self.trainer.log_dir)
+            raise diverged("validation loss after", self.global_step, loss, folder)
 
 
-# %% Fit
-def make_trainer(recipe, options, folder):
-    last = dict(save_on_train_epoch_end=False, enable_version_counter=False)
-    callbacks = [TQDMProgressBar(options.refresh_rate)]
-    callbacks.append(ModelCheckpoint(folder / "checkpoints", "last", **last))
-    if recipe.ema_decay:
-        callbacks.append(EMAWeightAveraging(decay=recipe.ema_decay))
-    return L.Trainer(
-        precision=recipe.precision,
-        accumulate_grad_batches=recipe.accumulate_grad_batches,
-        gradient_clip_val=recipe.gradient_clip_val,
-        gradient_clip_algorithm=recipe.gradient_clip_algorithm,
-        callbacks=callbacks,
-        max_epochs=recipe.max_epochs,
-        max_steps=options.max_steps,
-        limit_train_batches=options.limit_train_batches,
-        limit_val_batches=options.limit_val_batches,
-        limit_test_batches=options.limit_test_batches,
-        accelerator=options.accelerator,
-        devices=options.devices,
-        use_distributed_sampler=False,
+def main(args):
+    data = load_images("cifar10", args, Normalize(mean=(0.5,) * 3, std=(0.5,) * 3))
+    L.seed_everything(args.seed, verbose=False)
+    model = LitOptimize(NormNet(), args)
+    #: After each validation, where the weights are those of the average.
+    after = dict(save_on_train_epoch_end=False, enable_version_counter=False)
+    callbacks = [ModelCheckpoint(args.folder / "checkpoints", "last", **after)]
+    if args.ema_decay:
+        callbacks.append(EMAWeightAveraging(decay=args.ema_decay))
+    trainer = L.Trainer(
+        max_epochs=args.max_epochs,
+        accelerator=args.accelerator,
+        devices=args.devices,
         deterministic="warn",
-        logger=CSVLogger(folder.parent, folder.name, version="", flush_logs_every_n_steps=1),
-        log_every_n_steps=options.log_every_n_steps,
+        precision=args.precision,
+        accumulate_grad_batches=args.accumulate_grad_batches,
+        gradient_clip_val=args.gradient_clip_val,
+        gradient_clip_algorithm=args.gradient_clip_algorithm,
+        callbacks=[*callbacks, TQDMProgressBar(args.refresh_rate)],
+        logger=CSVLogger(args.folder.parent, args.folder.name, version=""),
+        log_every_n_steps=args.log_every_n_steps,
+        use_distributed_sampler=False,
         enable_model_summary=False,
     )
-
-
-# %% Run
-def run(recipe, options):
-    data, net, start = prepare(recipe, options)
-    settings, datamodule = config_of(recipe, options, data), ImageDataModule(data, recipe, options)
-    batches = count_batches(len(datamodule.train_dataloader()), options.limit_train_batches)
-    model = LitOptimize(net, recipe, settings, len(data.train), batches)
-    trainer = make_trainer(recipe, options, start_folder(options, recipe.lesson, "lightning"))
-    results = fit_and_test(trainer, model, datamodule)
-    decisions = {"optimizer steps": trainer.global_step}
-    return Run("lightning", recipe, options, data, start, *results, decisions)
-
-
-# %% Command line
-def main():
-    command_line("optimize", run)
+    datamodule = ImageDataModule(data, args)
+    trainer.fit(model, datamodule)
+    trainer.test(model, datamodule, verbose=False)
+    return model.model
 
 
 if __name__ == "__main__":
-    main()
+    run(main, Args)

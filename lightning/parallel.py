@@ -4,145 +4,140 @@ Run it with `make lightning-parallel DEVICES=2`. Its twin is plain/parallel.py.
 """
 
 # %% Imports
-from common import processes
-from common.data import load_data
-from common.options import count_batches
-from common.runs import Run, fingerprints, read_rows, run_folder
+from common import processes, resume
+from common.data import Normalize, load_images, make_loaders
+from common.launch import ProcessOptions
+from common.models import Net, NormNet
+from common.run import run
 
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import lightning as L
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from cifar import ImageDataModule, LitClassifier, make_trainer
-from fashion import fit_and_test
-from lightning.pytorch.callbacks import ModelCheckpoint
+from cifar import LitClassifier
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from resume import SafeIO
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
+# %% Hyperparameters
+@dataclass
+class Args(ProcessOptions):
+    lr: float = 1e-2  # learning rate
+    momentum: float = 0.9  # of SGD
+    batch_size: int = 32  # images in one batch, over all devices together
+    max_epochs: int = 2  # passes over the training set
+    strategy: Literal["ddp", "fsdp", "dp"] = "ddp"
+    """ddp: each process has all weights; fsdp: its share of them; dp: DataParallel"""
+    accumulate_grad_batches: int = 1  # batches whose gradients add up to one step
+    batch_norm: bool = False  # train the network of the lesson optimize, with BatchNorm
+    sync_batchnorm: bool = False  # let BatchNorm average over all devices; GPUs only
+    precision: Literal["32-true", "64-true"] = "32-true"  # 64-true: double precision
+
+
 # %% Processes
-def make_strategy(recipe, options):
-    timeout = timedelta(seconds=recipe.timeout)
-    #: --strategy dp: the Trainer dropped DataParallel in 2.0.
-    processes.refuse_what_the_trainer_lacks(recipe)
-    if recipe.strategy == "fsdp":
-        #: This one is FSDP2. strategy="fsdp" would be the FSDP before it, which refuses the CPU.
-        world = options.devices * recipe.num_nodes
-        sizes = dict(data_parallel_size=world, tensor_parallel_size=1)
-        return ModelParallelStrategy(**sizes, save_distributed_checkpoint=False, timeout=timeout)
-    return DDPStrategy(timeout=timeout)
+def make_strategy(args):
+    timeout = timedelta(seconds=args.timeout)
+    if args.strategy == "ddp":
+        return DDPStrategy(timeout=timeout)
+    #: This one is FSDP2. strategy="fsdp" would be the one before it, which refuses the
+    #: CPU. DataParallel is gone since Lightning 2.0.
+    size = dict(
+        data_parallel_size=args.devices * args.num_nodes, tensor_parallel_size=1
+    )
+    whole = dict(save_distributed_checkpoint=False)
+    return ModelParallelStrategy(**size, **whole, timeout=timeout)
 
 
-def start_process(trainer, model):
-    #: The Trainer does this in fit. Before it, the processes agree on folder and checkpoint here.
-    trainer.strategy.connect(model)
-    trainer.strategy.setup_environment()
+# %% Save and load
+class LitResumable(LitClassifier):
+    #: The Trainer saves and restores all the rest, also FSDP's shares as a whole.
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["random"] = processes.gather(resume.random_states())
+
+    def on_load_checkpoint(self, checkpoint):
+        processes.take_random_states(checkpoint["random"])
 
 
-# %% Data
-#: The loaders of cifar. Each process takes its share of the order that seed and epoch give.
-class SharedData(ImageDataModule):
-    done = None
-
-    def train_dataloader(self):
-        loader = super().train_dataloader()
-        loader.sampler.carry_on(self.done or {})
-        return loader
+def make_checkpoint(args):
+    #: After each epoch's validation. It keeps the best three: those of most steps.
+    last = dict(monitor="step", mode="max", save_top_k=3, save_on_train_epoch_end=False)
+    name = dict(auto_insert_metric_name=False, enable_version_counter=False)
+    folder = args.folder / "checkpoints"
+    return ModelCheckpoint(folder, "step_{step:08d}", **last, **name)
 
 
-# %% Metrics
-#: torchmetrics adds up its counts over all processes by itself; self.log does so with sync_dist.
+# %% Evaluation
+#: torchmetrics adds up its counts over all processes by itself; self.log does so with
+#: sync_dist=True, as in LitClassifier.
 
 
-# %% Fit
-class LitParallel(LitClassifier):
+# %% Training
+class LitParallel(LitResumable):
     def configure_model(self):
-        if self.recipe.strategy == "fsdp" and not isinstance(self.model, FSDPModule):
+        if self.hparams.strategy == "fsdp" and not isinstance(self.model, FSDPModule):
             fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
-        loss = F.cross_entropy(self.model(images), labels)
-        self.losses.append(loss.detach())
+        loss = self.loss_function(self.model(images), labels)
+        #: Each process has the loss of its own images; sync_dist makes it the mean. It
+        #: sends messages at each call: only where the Trainer writes it.
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
-    def on_before_optimizer_step(self, optimizer):
-        if (self.global_step + 1) % self.every == 0:
-            running = torch.stack(self.losses[-self.every :]).mean()
-            self.log("train_loss", running, sync_dist=True)
-
     def on_validation_start(self):
-        #: BatchNorm's averages are of each process's own images: all take those of the first one.
+        #: BatchNorm's averages are of a process's own images: all take the first one's.
         for buffer in self.model.buffers():
             dist.broadcast(buffer, 0)
 
     on_test_start = on_validation_start
 
-    def on_save_checkpoint(self, checkpoint):
-        order, size = self.trainer.train_dataloader.sampler.handed_out, self.recipe.batch_size
-        run = processes.gather(self.losses, order, self.batches, size)
-        rows = read_rows(self.folder) if self.trainer.is_global_zero else []
-        checkpoint["run"] = run | {"rows": rows}
-        checkpoint["hyper_parameters"] = self.settings
 
-    def on_load_checkpoint(self, checkpoint):
-        run = checkpoint["run"]
-        self.trainer.datamodule.done = {e: order.tolist() for e, order in run["order"].items()}
-        for row in run["rows"]:
-            self.logger.log_metrics({k: v for k, v in row.items() if k != "step"}, row["step"])
-        self.losses = processes.take_up(run, self.trainer.strategy.root_device)
-
-
-def make_parallel_trainer(recipe, options):
-    folder = run_folder(options, recipe.lesson, "lightning")
-    trainer = make_trainer(
-        recipe,
-        options,
-        folder,
-        strategy=make_strategy(recipe, options),
-        num_nodes=recipe.num_nodes,
-        sync_batchnorm=recipe.sync_batchnorm,
-        precision=recipe.precision,
-        #: The Trainer sends gradients only where a step follows, as no_sync does.
-        accumulate_grad_batches=recipe.accumulate_grad_batches,
-        plugins=[SafeIO()],
-    )
-    after = dict(save_on_train_epoch_end=False, save_top_k=-1, auto_insert_metric_name=False)
-    trainer.callbacks += [ModelCheckpoint(folder / "checkpoints", "step_{step:08d}", **after)]
-    return trainer
-
-
-# %% Run
-def run(recipe, options):
-    torch.set_num_threads(options.threads)
-    L.seed_everything(recipe.seed, verbose=False)
-    net = recipe.model()
-    start = fingerprints(net.state_dict())
-    #: The Trainer does it too late: after it has loaded a checkpoint's weights, and rounded them.
-    net = net.double() if recipe.precision == "64-true" else net
-    model = LitParallel(net, recipe, options.log_every_n_steps)
-    trainer = make_parallel_trainer(recipe, options)
-    start_process(trainer, model)
+def main(args):
     #: One process of each machine, which may have to download, then the others.
-    data = processes.in_turn(load_data, recipe, options)
-    datamodule = SharedData(data, recipe, options)
-    #: The first process makes the folder and finds the checkpoint; the others hear of it.
-    model.settings, model.folder, path = processes.begin(recipe, options, data, "lightning")
-    batches = len(datamodule.train_dataloader())
-    model.batches = count_batches(batches, options.limit_train_batches)
-    results = fit_and_test(trainer, model, datamodule, ckpt_path=path)
-    *numbers, net, optimizer, device, seconds = results
-    trained = (*processes.whole_model(net, optimizer, recipe), device, seconds)
-    return Run("lightning", recipe, options, data, start, *numbers, *trained)
-
-
-# %% Command line
-def main():
-    processes.command_line("parallel", run)
+    norm = Normalize(mean=(0.5,) * 3, std=(0.5,) * 3)
+    data = processes.in_turn(load_images, "cifar10", args, norm)
+    #: Each process takes its share of the order that seed and epoch give.
+    train_loader, val_loader, test_loader = make_loaders(data, args)
+    #: One seed for all: they begin with the same weights.
+    L.seed_everything(args.seed, verbose=False)
+    make = NormNet if args.batch_norm else Net
+    net = make()
+    if args.precision == "64-true":
+        #: The Trainer does it too late: after loading a checkpoint's weights, rounded.
+        net.double()
+    model = LitParallel(net, args)
+    #: Each row at once: a run that is killed keeps them.
+    csv = dict(version="", flush_logs_every_n_steps=1)
+    trainer = L.Trainer(
+        max_epochs=args.max_epochs,
+        accelerator=args.accelerator,
+        devices=args.devices,
+        num_nodes=args.num_nodes,
+        strategy=make_strategy(args),
+        sync_batchnorm=args.sync_batchnorm,
+        precision=args.precision,
+        #: The Trainer sends gradients only where a step follows, as no_sync does.
+        accumulate_grad_batches=args.accumulate_grad_batches,
+        deterministic="warn",
+        logger=CSVLogger(args.folder.parent, args.folder.name, **csv),
+        log_every_n_steps=args.log_every_n_steps,
+        callbacks=[make_checkpoint(args), TQDMProgressBar(args.refresh_rate)],
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, train_loader, val_loader, ckpt_path=args.ckpt_path)
+    trainer.test(model, test_loader, verbose=False)
+    #: What is left is one network, however many processes trained it.
+    trained = make().to(next(net.parameters()).dtype)
+    trained.load_state_dict(processes.whole(net.state_dict()))
+    return trained
 
 
 if __name__ == "__main__":
-    main()
+    run(main, Args)

@@ -1,150 +1,150 @@
 """What runs around the loop, by hand: loggers, early stopping, checkpoints, pictures.
 
-Run it with `make plain-callbacks`. Its twin is lightning/callbacks.py (`make lightning-callbacks`).
+Run it with `make plain-callbacks`. Its twin is lightning/callbacks.py.
 """
 
 # %% Imports
 from common import checkpoints, figures
-from common.data import eval_loader, train_loader
-from common.options import count_batches
-from common.runs import MetricsFile, Run, command_line, config_of, print_epoch, report, start_folder
+from common.data import Normalize, load_images, make_loaders
+from common.logger import CSVLogger
+from common.models import DeepNet
+from common.run import Options, run
 
 import importlib
-import itertools
 import math
-import os
-import time
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from cifar import evaluate
-from fashion import prepare
+from cifar import choose_device, evaluate, seed_everything
 from tqdm import tqdm
+
+
+# %% Hyperparameters
+@dataclass
+class Args(Options):
+    lr: float = 2e-4  # learning rate of Adam
+    batch_size: int = 32  # images in one batch
+    max_epochs: int = 50  # passes over the training set, at most
+    patience: int = 3  # epochs without improvement after which it stops
+    min_delta: float = 0.0  # what counts as improvement: more than this
+    logger: Literal["csv", "tensorboard", "wandb"] = "csv"  # where values go
 
 
 # %% Loggers and pictures
 class Logger:
-    def __init__(self, folder, kind, settings):
-        self.folder, self.settings, self.csv = folder, settings, MetricsFile(folder)
-        self.writer, self.wandb, self.close = None, None, lambda: None
+    def __init__(self, args):
+        folder, settings = args.folder, args.settings()
+        self.csv, self.writer, self.wandb = CSVLogger(folder), None, None
         #: Imported where they are asked for: both are extras.
-        if kind == "tensorboard":
+        if args.logger == "tensorboard":
             tensorboard = importlib.import_module("torch.utils.tensorboard")
-            self.writer = tensorboard.SummaryWriter(folder / kind)
-            self.close = self.writer.close
-        if kind == "wandb":
+            self.writer = tensorboard.SummaryWriter(folder / "tensorboard")
+        if args.logger == "wandb":
             self.wandb = importlib.import_module("wandb")
-            mode = os.environ.get("WANDB_MODE", "offline")
-            self.wandb.init(project="callbacks", dir=folder, mode=mode, config=settings)
-            self.close = self.wandb.finish
+            self.wandb.init(project="callbacks", dir=folder, config=settings)
 
-    def write(self, epoch, step, stage, values):
-        row = self.csv.write(epoch, step, stage, values)
+    def log_metrics(self, metrics, step):
+        self.csv.log_metrics(metrics, step)
         if self.writer:
-            for name, value in row.items():
+            for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
         if self.wandb:
-            self.wandb.log(row | {"trainer/global_step": step})
+            self.wandb.log(metrics | {"trainer/global_step": step})
 
-    def picture(self, step, pixels):
+    def log_picture(self, pixels, step):
         if self.writer:
             self.writer.add_image("predictions", pixels, step, dataformats="HWC")
         if self.wandb:
-            self.wandb.log({"predictions": [self.wandb.Image(pixels)], "trainer/global_step": step})
+            picture = [self.wandb.Image(pixels)]
+            self.wandb.log({"predictions": picture, "trainer/global_step": step})
+
+    def close(self):
+        if self.writer:
+            self.writer.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
-# %% Early stopping and checkpoints
-def stop_reason(val_losses, patience, min_delta):
-    best, wait = math.inf, 0
-    for loss in val_losses:
-        if not math.isfinite(loss):
-            return "non finite metric"
-        #: A tie is no improvement, and neither is a gain of exactly min_delta.
-        best, wait = (loss, 0) if loss + min_delta < best else (best, wait + 1)
-        if wait >= patience:
-            return "patience exhausted"
-    return "not stopped"
+# %% Early stopping
+class EarlyStopping:
+    def __init__(self, patience, min_delta=0.0):
+        self.patience, self.min_delta = patience, min_delta
+        self.best, self.wait, self.stopped = math.inf, 0, False
+
+    def update(self, val_loss):
+        #: A tie is no improvement. A gain of exactly min_delta is none either.
+        better = val_loss + self.min_delta < self.best
+        self.best, self.wait = (val_loss, 0) if better else (self.best, self.wait + 1)
+        self.stopped = self.wait >= self.patience or not math.isfinite(val_loss)
 
 
-def best_epoch(val_losses):
-    #: index finds the first of equal ones. Early stopping's best may be another, by min_delta.
-    return val_losses.index(min(val_losses))
+# %% Checkpoints
+def save(name, net, optimizer, epoch, step, args):
+    ckpt = {"epoch": epoch, "global_step": step, "hyper_parameters": args.settings()}
+    ckpt["state_dict"] = net.state_dict()
+    ckpt["optimizer_states"] = [optimizer.state_dict()]
+    checkpoints.save(args.folder / "checkpoints" / f"{name}.ckpt", ckpt)
 
 
-# %% Fit
-def train_epoch(bar, model, optimizer, device, losses, every, log, epoch):
-    model.train()
-    hits = []
-    for images, labels in bar:
+# %% Training
+def train_epoch(net, loader, optimizer, device, epoch, logger, every):
+    net.train()
+    losses, hits = [], []
+    bar = tqdm(loader, f"Epoch {epoch}", disable=None)
+    for step, (images, labels) in enumerate(bar, start=epoch * len(loader)):
         images, labels = images.to(device), labels.to(device)
         optimizer.zero_grad()
-        output = model(images)
+        output = net(images)
         #: The network ends with log_softmax; cross_entropy is nll_loss of log_softmax.
         loss = F.nll_loss(output, labels)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-        hits.append(output.argmax(1) == labels)
-        if len(losses) % every == 0:
-            now = {"loss_step": loss.item(), "accuracy_step": hits[-1].float().mean().item()}
-            log.write(epoch, len(losses) - 1, "train", now)
-    #: Weighted by the batch's size, as in validation, and added up in float64.
-    sizes, accuracy = torch.tensor([len(hit) for hit in hits]), torch.cat(hits).float().mean()
-    total_loss = torch.stack(losses[-len(hits) :]).cpu().double() @ sizes.double()
-    return {"loss_epoch": (total_loss / sizes.sum()).item(), "accuracy_epoch": accuracy.item()}
+        hits.append((output.argmax(1) == labels).float())
+        if (step + 1) % every == 0:
+            now = {"epoch": epoch, "train_loss_step": loss.item()}
+            now["train_accuracy_step"] = hits[-1].mean().item()
+            logger.log_metrics(now, step)
+    #: Weighted by the batch size, as in validation.
+    sizes = torch.tensor([len(each) for each in hits]).double()
+    loss = torch.stack(losses).cpu().double() @ sizes / sizes.sum()
+    accuracy = torch.cat(hits).mean()
+    return {"train_loss_epoch": loss.item(), "train_accuracy_epoch": accuracy.item()}
 
 
-def fit(net, model, optimizer, data, recipe, options, device, log):
-    loader = train_loader(data.train, recipe, options)
-    val_loader = eval_loader(data.val, recipe, options)
-    batches = count_batches(len(loader), options.limit_train_batches)
-    steps = recipe.max_epochs * batches if options.max_steps == -1 else options.max_steps
-    every, losses, val, reason = options.log_every_n_steps, [], [], "not stopped"
-    for epoch in range(recipe.max_epochs):
-        loader.sampler.set_epoch(epoch)
-        todo = min(batches, steps - len(losses))
-        bar = tqdm(itertools.islice(loader, todo), f"Epoch {epoch}", todo, disable=None)
-        train = train_epoch(bar, model, optimizer, device, losses, every, log, epoch)
-        if todo == batches:
-            val.append(evaluate(model, val_loader, options.limit_val_batches, device, F.nll_loss))
-            log.write(epoch, len(losses) - 1, "val", val[-1])
-            print_epoch(epoch, val[-1])
-            log.picture(len(losses) - 1, figures.predictions(net, data, epoch, log.folder))
-            ckpt = {"epoch": epoch, "global_step": len(losses), "state_dict": net.state_dict()}
-            ckpt |= {"optimizer_states": [optimizer.state_dict()], "hyper_parameters": log.settings}
-            val_losses = [scores["loss"] for scores in val]
-            for name in ("best", "last") if best_epoch(val_losses) == epoch else ("last",):
-                checkpoints.save(log.folder / "checkpoints" / f"{name}.ckpt", ckpt)
-            reason = stop_reason(val_losses, recipe.patience, recipe.min_delta)
-        log.write(epoch, len(losses) - 1, "train", train)
-        if reason != "not stopped" or len(losses) == steps:
+def main(args):
+    data = load_images("cifar10", args, Normalize(mean=(0.5,) * 3, std=(0.5,) * 3))
+    train_loader, val_loader, test_loader = make_loaders(data, args)
+    seed_everything(args.seed)
+    device = choose_device(args.accelerator)
+    net = DeepNet().to(device)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
+    logger, stopping = Logger(args), EarlyStopping(args.patience, args.min_delta)
+    best, folder, every = math.inf, args.folder, args.log_every_n_steps
+    for epoch in range(args.max_epochs):
+        train_loader.sampler.set_epoch(epoch)
+        train = train_epoch(net, train_loader, optimizer, device, epoch, logger, every)
+        steps = (epoch + 1) * len(train_loader)
+        val = evaluate(net, val_loader, device, "val", F.nll_loss)
+        logger.log_metrics({"epoch": epoch, **val}, steps - 1)
+        logger.log_picture(figures.predictions(net, data, epoch, folder), steps - 1)
+        if epoch == 0 or val["val_loss"] < best:
+            best = val["val_loss"]
+            save("best", net, optimizer, epoch, steps, args)
+        save("last", net, optimizer, epoch, steps, args)
+        logger.log_metrics({"epoch": epoch, **train}, steps - 1)
+        stopping.update(val["val_loss"])
+        if stopping.stopped:
             break
-    return torch.stack(losses).tolist(), val, loader.sampler.handed_out, reason
-
-
-# %% Run
-def run(recipe, options):
-    data, device, net, start, optimizer, model = prepare(recipe, options)
-    folder = start_folder(options, recipe.lesson, "plain")
-    log = Logger(folder, recipe.logger, config_of(recipe, options, data))
-    began = time.perf_counter()
-    losses, val, order, reason = fit(net, model, optimizer, data, recipe, options, device, log)
-    fitted = time.perf_counter()
     #: The best weights are tested, not the last ones.
-    best = checkpoints.load(net, folder / "checkpoints" / "best.ckpt")["epoch"] if val else None
-    test_loader = eval_loader(data.test, recipe, options)
-    test = evaluate(model, test_loader, options.limit_test_batches, device, F.nll_loss)
-    seconds = (fitted - began, time.perf_counter() - fitted)
-    log.write(len(order), len(losses), "test", test)
-    log.close()
-    trained = (net, optimizer, device, seconds, report(reason, val, best, recipe, options))
-    return Run("plain", recipe, options, data, start, order, losses, val, test, *trained)
-
-
-# %% Command line
-def main():
-    command_line("callbacks", run)
+    checkpoints.load(net, folder / "checkpoints/best.ckpt")
+    test = evaluate(net, test_loader, device, "test", F.nll_loss)
+    logger.log_metrics({"epoch": epoch + 1, **test}, steps)
+    logger.close()
+    return net
 
 
 if __name__ == "__main__":
-    main()
+    run(main, Args)

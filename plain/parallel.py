@@ -1,150 +1,150 @@
-"""One process for each device, by hand: DistributedDataParallel, FSDP2, and DataParallel before it.
+"""One process for each device, by hand: DistributedDataParallel and FSDP2.
 
 Run it with `make plain-parallel DEVICES=2`. Its twin is lightning/parallel.py.
 """
 
 # %% Imports
-from common import processes
-from common.data import eval_loader, train_loader
-from common.options import count_batches
-from common.runs import Run, print_epoch, read_metrics
+from common import checkpoints, processes, resume
+from common.data import Normalize, load_images, make_loaders
+from common.launch import ProcessOptions
+from common.logger import CSVLogger
+from common.models import Net, NormNet
+from common.run import run
 
 import contextlib
-import itertools
-import math
 import os
-import time
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
-import cifar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fashion import prepare
+from cifar import choose_device, compute_metrics, count, seed_everything
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 
+# %% Hyperparameters
+@dataclass
+class Args(ProcessOptions):
+    lr: float = 1e-2  # learning rate
+    momentum: float = 0.9  # of SGD
+    batch_size: int = 32  # images in one batch, over all devices together
+    max_epochs: int = 2  # passes over the training set
+    strategy: Literal["ddp", "fsdp", "dp"] = "ddp"
+    """ddp: each process has all weights; fsdp: its share of them; dp: DataParallel"""
+    accumulate_grad_batches: int = 1  # batches whose gradients add up to one step
+    batch_norm: bool = False  # train the network of the lesson optimize, with BatchNorm
+    sync_batchnorm: bool = False  # let BatchNorm average over all devices; GPUs only
+    precision: Literal["32-true", "64-true"] = "32-true"  # 64-true: double precision
+
+
 # %% Processes
-def start_process(recipe, options):
-    #: torchrun started this file once for each device, and tells each copy by environment variables
-    #: its number, the rank, and where all meet. GPUs talk through NCCL, CPUs through gloo.
-    cuda = cifar.choose_device(options.accelerator).type == "cuda"
-    if cuda:
+def start_process(args, device):
+    #: torchrun started this file once for each device. Environment variables tell each
+    #: copy its rank, and where all meet. GPUs talk by NCCL, CPUs by gloo.
+    if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    timeout = timedelta(seconds=recipe.timeout)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout))
 
 
-def wrap(net, recipe, options, device):
-    if recipe.sync_batchnorm:
+def wrap(net, args, device):
+    if args.sync_batchnorm:
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    if recipe.strategy == "dp":
-        #: One process: in each step it copies the weights to all GPUs, sends each its part of the
-        #: batch, and fetches the outputs. It has a thread for each GPU; Python runs one at a time.
-        return torch.nn.DataParallel(net, range(options.devices))
-    if recipe.strategy == "fsdp":
-        #: Each process keeps its share of all, and borrows the other weights for each pass.
-        return fully_shard(net, mesh=init_device_mesh(device.type, (dist.get_world_size(),)))
-    #: Each process keeps all weights. Backward averages the gradients over the processes.
+    if args.strategy == "dp":
+        #: One process: in each step it copies the weights to all GPUs.
+        return torch.nn.DataParallel(net, range(args.devices))
+    if args.strategy == "fsdp":
+        #: Each process keeps its share of all, and borrows the rest for each pass.
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        return fully_shard(net, mesh=mesh)
+    #: Each process keeps all weights. Backward averages the gradients over them.
     return torch.nn.parallel.DistributedDataParallel(net)
 
 
-# %% Data
-#: The loaders of cifar. Each process takes its share of the order that seed and epoch give.
+# %% Save and load
+def save(net, optimizer, epoch, step, args):
+    ckpt = {"epoch": epoch, "global_step": step, "hyper_parameters": args.settings()}
+    #: All must call: FSDP's shares are put together, and the generators gathered.
+    ckpt["state_dict"] = processes.whole(net.state_dict())
+    ckpt["optimizer_states"] = [processes.whole(optimizer.state_dict())]
+    ckpt["random"] = processes.gather(resume.random_states())
+    if dist.get_rank() == 0:
+        resume.save(args.folder / "checkpoints" / f"step_{step:08d}.ckpt", ckpt)
 
 
-# %% Metrics
-def evaluate(t, images, limit, recipe, options):
-    #: BatchNorm's averages are of each process's own images: all take those of the first one.
-    for buffer in t.net.buffers():
+# %% Evaluation
+def evaluate(net, loader, device, stage):
+    #: BatchNorm's averages are of each process's own images: all take the first one's.
+    for buffer in net.buffers():
         dist.broadcast(buffer, 0)
-    own = cifar.evaluate(t.net, eval_loader(images, recipe, options), limit, t.device)
-    confusion = torch.tensor(own["confusion"], device=t.device)
-    total_loss = own["loss"] * confusion.sum().double()
-    #: Sums, not means: where the processes do not divide the set, some have an image less.
-    dist.all_reduce(confusion)
-    dist.all_reduce(total_loss)
-    return cifar.compute_metrics(total_loss.item(), confusion.cpu())
+    #: Sums, not means: where the processes do not divide the set, some have less.
+    sums = [processes.add_up(each, device) for each in count(net, loader, device)]
+    return compute_metrics(*sums, stage)
 
 
-# %% Fit
-def train_epoch(t, bar, recipe, options, epoch):
-    t.model.train()
-    group, every = recipe.accumulate_grad_batches, options.log_every_n_steps
-    for batch, (images, labels) in enumerate(bar):
-        images, labels = images.to(t.device), labels.to(t.device)
-        if batch % group == 0:
-            t.optimizer.zero_grad()
-        due = (batch + 1) % group == 0 or batch + 1 == t.batches
-        #: Where no step follows, gradients add up where they are: to send them would cost time.
-        with contextlib.nullcontext() if due or recipe.strategy != "ddp" else t.model.no_sync():
-            loss = F.cross_entropy(t.model(images), labels)
-            (loss / group).backward()
-        t.losses.append(loss.detach())
-        if due:
-            t.optimizer.step()
-            t.steps += 1
-            if t.steps % every == 0:
-                running = processes.average(torch.stack(t.losses[-every:]).mean())
-                t.write(epoch, "train", {"loss": running.item()})
-            if t.steps == options.max_steps:
-                break
-
-
-def fit(t, data, recipe, options):
-    per_epoch = math.ceil(t.batches / recipe.accumulate_grad_batches)
-    while t.steps not in (options.max_steps, recipe.max_epochs * per_epoch):
-        epoch = t.steps // per_epoch
-        t.loader.sampler.set_epoch(epoch)
-        batches = itertools.islice(t.loader, t.batches)
-        bar = tqdm(batches, f"Epoch {epoch}", t.batches, disable=dist.get_rank() > 0 or None)
-        train_epoch(t, bar, recipe, options, epoch)
-        if t.steps == (epoch + 1) * per_epoch:
-            val = evaluate(t, data.val, options.limit_val_batches, recipe, options)
-            t.write(epoch, "val", val)
-            print_epoch(epoch, val)
-            t.save(epoch)
-
-
-# %% Run
-def run(recipe, options):
-    start_process(recipe, options)
-    #: One process of each machine, which may have to download, then the others. One seed for all.
-    one = replace(options, devices=1)
-    data, device, net, start, *_ = processes.in_turn(prepare, recipe, one)
-    if recipe.precision == "64-true":
-        net.double().register_forward_pre_hook(lambda net, images: (images[0].double(),))
-    #: The first process makes the folder and finds the checkpoint; the others hear of it.
-    t = processes.Training(net, device, *processes.begin(recipe, options, data, "plain"))
-    t.model = wrap(net, recipe, options, device)
+# %% Training
+def main(args):
+    device = choose_device(args.accelerator)
+    start_process(args, device)
+    #: One process of each machine, which may have to download, then the others.
+    norm = Normalize(mean=(0.5,) * 3, std=(0.5,) * 3)
+    data = processes.in_turn(load_images, "cifar10", args, norm)
+    #: Each process takes its share of the order that seed and epoch give.
+    train_loader, val_loader, test_loader = make_loaders(data, args)
+    #: One seed for all: they begin with the same weights.
+    seed_everything(args.seed)
+    make, group = NormNet if args.batch_norm else Net, args.accumulate_grad_batches
+    net, first, step = make().to(device), 0, 0
+    if args.precision == "64-true":
+        net.double().register_forward_pre_hook(lambda net, x: (x[0].double(),))
+    ckpt = checkpoints.load(net, args.ckpt_path) if args.ckpt_path else None
+    model = wrap(net, args, device)
     #: After fully_shard, which gives the model other parameters.
-    t.optimizer = cifar.configure_optimizers(net, recipe)
-    t.loader = train_loader(data.train, recipe, options)
-    t.batches = count_batches(len(t.loader), options.limit_train_batches)
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum)
+    rank = dist.get_rank()
+    #: The first process alone writes: two would mix their rows.
+    log = CSVLogger(args.folder).log_metrics if rank == 0 else lambda *_: None
     #: As the Trainer does with several processes, before it fits and before it tests.
-    cifar.seed_everything(recipe.seed)
-    t.load()
-    began = time.perf_counter()
-    fit(t, data, recipe, options)
-    fitted = time.perf_counter()
-    cifar.seed_everything(recipe.seed)
-    test = evaluate(t, data.test, options.limit_test_batches, recipe, options)
-    seconds = (fitted - began, time.perf_counter() - fitted)
-    order = t.loader.sampler.handed_out
-    t.write(len(order), "test", test)
-    losses = processes.average(torch.stack(t.losses)).tolist()
-    val = read_metrics(t.folder, "val")
-    trained = (*processes.whole_model(net, t.optimizer, recipe), device, seconds)
-    return Run("plain", recipe, options, data, start, order, losses, val, test, *trained)
-
-
-# %% Command line
-def main():
-    processes.command_line("parallel", run)
+    seed_everything(args.seed)
+    if ckpt:
+        first, step = ckpt["epoch"] + 1, ckpt["global_step"]
+        processes.load_optimizer(optimizer, ckpt["optimizer_states"][0])
+        processes.take_random_states(ckpt["random"])
+    for epoch in range(first, args.max_epochs):
+        train_loader.sampler.set_epoch(epoch)
+        model.train()
+        bar = tqdm(train_loader, f"Epoch {epoch}", disable=rank > 0 or None)
+        for batch, (images, labels) in enumerate(bar, start=1):
+            images, labels = images.to(device), labels.to(device)
+            last = batch % group == 0 or batch == len(train_loader)
+            #: Where no step follows, gradients add up where they are: sending costs.
+            alone = args.strategy == "ddp" and not last
+            with model.no_sync() if alone else contextlib.nullcontext():
+                loss = F.cross_entropy(model(images), labels)
+                (loss / group).backward()
+            if last:
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+            if last and step % args.log_every_n_steps == 0:
+                #: Each process has the loss of its own images.
+                mean = processes.add_up(loss.item(), device) / dist.get_world_size()
+                log({"epoch": epoch, "train_loss": mean}, step - 1)
+        val = evaluate(net, val_loader, device, "val")
+        print(f"Epoch {epoch}:", ", ".join(f"{k} {v:.4f}" for k, v in val.items()))
+        log({"epoch": epoch, **val}, step - 1)
+        save(net, optimizer, epoch, step, args)
+    seed_everything(args.seed)
+    log({"epoch": args.max_epochs, **evaluate(net, test_loader, device, "test")}, step)
+    #: What is left is one network, however many processes trained it.
+    trained = make().to(next(net.parameters()).dtype)
+    trained.load_state_dict(processes.whole(net.state_dict()))
+    return trained
 
 
 if __name__ == "__main__":
-    main()
+    run(main, Args)

@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from helpers import COMPARED, real_data
+from helpers import COMPARED, count, real_data
 
 
 @pytest.fixture(autouse=True)
@@ -28,16 +28,19 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; run by make test-slow")
 
 
-def pytest_collection_modifyitems(config, items):
-    if not config.option.markexpr:
-        slow = pytest.mark.skip(reason="slow: run by make test-slow")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(slow)
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes: it tells the first one
+        session.config.workeroutput["compared"] = COMPARED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    for what, how_many in getattr(node, "workeroutput", {}).get("compared", {}).items():
+        count(what, how_many)
 
 
 def pytest_terminal_summary(terminalreporter):
     images = f"the real images in {real_data()}" if real_data() else "the built-in shapes"
     terminalreporter.write_line(f"Tested on {images}.")
-    for what, how_many in COMPARED.items():
+    for what, how_many in sorted(COMPARED.items()):
         terminalreporter.write_line(f"compared: {how_many} {what}")

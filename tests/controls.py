@@ -27,6 +27,8 @@ PAGE = ROOT / "docs" / "doctor.md"
 # The lesson `optimize` with little of it on: each control changes one thing.
 OPTIMIZE = dict(lesson="optimize", schedule="none", gradient_clip_val=0.0, ema_decay=0.0,
                 accumulate_grad_batches=1, label_smoothing=0.0)  # fmt: skip
+# The lesson whose optimizer is Adam.
+ADAM = dict(lesson="callbacks", lr=0.002)
 
 
 @dataclass(frozen=True)
@@ -99,18 +101,25 @@ class FrozenNoisy(Noisy):
         self.backbone[0].requires_grad_(False)
 
 
-TO_DEVICE = "            images, labels = images.to(device), labels.to(device)\n"
+TO_DEVICE = (
+    "        #: The model went to its device once; each batch has to follow it.\n"
+    "        images, labels = images.to(device), labels.to(device)\n"
+)
 LOSS = "loss = F.cross_entropy(model(images), labels)"
-STEP = "            optimizer.step()\n"
-ADAM = dict(optimizer="adam", lr=0.002)
+STEP = "        optimizer.step()\n"
+MAIN = "    net = Net().to(device)\n"
+LOADERS = "make_loaders(data, args)\n"
+SGD = "torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum)"
+LIT_SGD = "torch.optim.SGD(self.model.parameters(), lr=lr, momentum=momentum)"
+
 
 CONTROLS: dict[str, Control] = {
     "another seed": replaced(
         "plain", "start", "Another seed",
-        "seed_everything(recipe.seed)", "seed_everything(recipe.seed + 1)"),
+        "seed_everything(args.seed)", "seed_everything(args.seed + 1)"),
     "a layer built before the network": replaced(
         "lightning", "start", "Another seed, or random numbers drawn before",
-        "    net = recipe.model()", "    torch.nn.Linear(2, 2)\n    net = recipe.model()"),
+        "    model = LitClassifier(", "    torch.nn.Linear(2, 2)\n    model = LitClassifier("),
     "a number drawn between two layers": Control(
         "plain", "start", "Random numbers drawn between", model=DrawnBetween,
         settings=dict(model=Drawn)),
@@ -118,56 +127,55 @@ CONTROLS: dict[str, Control] = {
         "plain", "start", "Another initialization", model=OtherInitialization),
     "no set_epoch": replaced(
         "plain", "batch", "set_epoch is missing in",
-        "        loader.sampler.set_epoch(epoch)\n", ""),
+        "        train_loader.sampler.set_epoch(epoch)\n", ""),
     "another shuffle": replaced(
         "plain", "batch", "Shuffled with another seed",
-        "loader.sampler.set_epoch(epoch)", "loader.sampler.set_epoch(epoch + 7)"),
+        "sampler.set_epoch(epoch)", "sampler.set_epoch(epoch + 7)"),
     "the first batch left out": replaced(
         "plain", "batch", "A batch was left out",
-        "itertools.islice(loader, todo), f", "itertools.islice(loader, 1, todo), f"),
+        "bar = tqdm(loader,", "bar = tqdm(list(loader)[1:],"),
     "another batch size": Control(
         "plain", "batch", "Another batch size", own=dict(batch_size=12)),
     "the short last batch dropped": replaced(
         "plain", "batch", "The last batch of an epoch is dropped",
-        "batches = count_batches(len(loader), options.limit_train_batches)",
-        "batches = len(loader) - 1", batch_size=16),
+        LOADERS, LOADERS + "    train_loader.sampler.first = 112\n", batch_size=16),
     "images not normalized": replaced(
-        "plain", "batch", "Another scaling", TO_DEVICE, TO_DEVICE + "            images = images"
+        "plain", "batch", "Another scaling", TO_DEVICE, TO_DEVICE + "        images = images"
         " / 2 + 0.5\n"),
     "images left at 0 to 255": replaced(
-        "plain", "batch", "Another scaling", TO_DEVICE, TO_DEVICE + "            images = (images"
+        "plain", "batch", "Another scaling", TO_DEVICE, TO_DEVICE + "        images = (images"
         " / 2 + 0.5) * 255\n"),
     "normalized per channel on one side": replaced(
-        "plain", "batch", "Another scaling", TO_DEVICE, TO_DEVICE + "            images = (images"
+        "plain", "batch", "Another scaling", TO_DEVICE, TO_DEVICE + "        images = (images"
         " - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / 0.4\n"),
     "images flipped": replaced(
         "plain", "batch", "The same values in other places",
-        TO_DEVICE, TO_DEVICE + "            images = images.flip(3)\n"),
+        TO_DEVICE, TO_DEVICE + "        images = images.flip(3)\n"),
     "colour channels exchanged": replaced(
         "plain", "batch", "The same values in other places",
-        TO_DEVICE, TO_DEVICE + "            images = images.flip(1)\n"),
+        TO_DEVICE, TO_DEVICE + "        images = images.flip(1)\n"),
     "noise on half of the images": replaced(
         "plain", "batch", "Some samples are changed",
-        TO_DEVICE, TO_DEVICE + "            images[::2] += 0.1 * images[::2] ** 2\n"),
+        TO_DEVICE, TO_DEVICE + "        images[::2] += 0.1 * images[::2] ** 2\n"),
     "no train() after validation": replaced(
-        "plain", "mode", "model.train() is missing", "        model.train()\n", ""),
+        "plain", "mode", "model.train() is missing", "    model.train()\n", ""),
     "a part put into eval mode": replaced(
         "plain", "mode", "A part of the network is frozen",
-        "        model.train()\n", "        model.train()\n        model.backbone[1].eval()\n"),
+        "    model.train()\n", "    model.train()\n    model.backbone[1].eval()\n"),
     "no eval() before validation": replaced(
         "plain", "weights", "model.eval() is missing", "    model.eval()\n", ""),
     "a summary after the seed": replaced(
         "lightning", "weights", "A forward pass in train mode",
-        "    model = LitClassifier(", "    summary(net, (3, 32, 32), device='cpu')\n"
-        "    model = LitClassifier("),
+        "    trainer = L.Trainer(", "    summary(model.model, (3, 32, 32), device='cpu')\n"
+        "    trainer = L.Trainer("),
     "weights clamped after each step": replaced(
         "plain", "weights", "Weights were loaded, averaged or clamped", STEP,
-        STEP + "            with torch.no_grad():\n"
-        "                model.head.weight.clamp_(-0.04, 0.04)\n"),
+        STEP + "        with torch.no_grad():\n"
+        "            model.head.weight.clamp_(-0.04, 0.04)\n"),
     "a random number drawn before training": replaced(
         "plain", "random", "Random numbers",
-        "    for epoch in range(recipe.max_epochs):", "    torch.rand(1)\n"
-        "    for epoch in range(recipe.max_epochs):"),
+        "    for epoch in range(args.max_epochs):", "    torch.rand(1)\n"
+        "    for epoch in range(args.max_epochs):"),
     "another dropout": Control(
         "plain", "output", "A layer with another setting", model=MoreDropout),
     "another activation": Control(
@@ -193,116 +201,117 @@ CONTROLS: dict[str, Control] = {
         "loss = F.cross_entropy(model(images), (labels + 1) % 10)"),
     "one label wrong": replaced(
         "plain", "loss", "Other targets", TO_DEVICE,
-        TO_DEVICE + "            labels[0] = (labels[0] + 3) % 10\n"),
+        TO_DEVICE + "        labels[0] = (labels[0] + 3) % 10\n"),
     "a layer frozen": Control("lightning", "gradient", "Frozen or detached", model=FrozenNoisy),
     "a part detached": Control("plain", "gradient", "Frozen or detached", model=DetachedNoisy),
     "a penalty on the weights": replaced(
         "plain", "gradient", "A term of the loss", LOSS,
         LOSS + " + 1e-3 * model.head.weight.square().sum()"),
     "no zero_grad": replaced(
-        "plain", "clipping", "Left-over gradients", "            optimizer.zero_grad()\n", ""),
+        "plain", "clipping", "Left-over gradients", "        optimizer.zero_grad()\n", ""),
     "gradients clipped by norm": replaced(
         "plain", "clipping", "The gradients' norm is clipped", STEP,
-        "            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)\n" + STEP),
+        "        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)\n" + STEP),
     "gradients clipped by value": replaced(
         "plain", "clipping", "The gradients' values are clipped", STEP,
-        "            torch.nn.utils.clip_grad_value_(model.parameters(), 0.001)\n" + STEP),
+        "        torch.nn.utils.clip_grad_value_(model.parameters(), 0.001)\n" + STEP),
     "gradients divided by 2": replaced(
         "plain", "clipping", "The gradients are divided by 2", STEP,
-        "            [p.grad.div_(2) for p in model.parameters()]\n" + STEP),
+        "        [p.grad.div_(2) for p in model.parameters()]\n" + STEP),
     "another limit for the norm": Control(
         "lightning", "clipping", "The gradients' norm is clipped", own=dict(gradient_clip_val=0.05),
         settings=OPTIMIZE | dict(gradient_clip_val=0.1)),
     "another learning rate": replaced(
-        "plain", "update", "Another learning rate", "lr=recipe.lr, m", "lr=1.001 * recipe.lr, m"),
+        "plain", "update", "Another learning rate", "lr=args.lr, m", "lr=1.001 * args.lr, m"),
     "weight decay on one side": replaced(
-        "lightning", "update", "Another weight decay", "momentum=self.recipe.momentum",
-        "momentum=self.recipe.momentum, weight_decay=1e-4"),
+        "lightning", "update", "Another weight decay", LIT_SGD,
+        LIT_SGD.replace("momentum)", "momentum, weight_decay=1e-4)")),
     "no momentum": replaced(
         "plain", "update", "Another setting of the optimizer: momentum",
-        "momentum=recipe.momentum", "momentum=0"),
+        "momentum=args.momentum", "momentum=0"),
     "Nesterov's momentum": replaced(
         "lightning", "update", "Another setting of the optimizer: nesterov",
-        "momentum=self.recipe.momentum", "momentum=self.recipe.momentum, nesterov=True"),
+        LIT_SGD, LIT_SGD.replace("momentum)", "momentum, nesterov=True)")),
     "AdamW for Adam": replaced(
         "plain", "update", "Another optimizer", "torch.optim.Adam(", "torch.optim.AdamW(", **ADAM),
     "another epsilon": replaced(
         "plain", "update", "Another setting of the optimizer: eps", "torch.optim.Adam("
-        "model.parameters(), lr=recipe.lr)", "torch.optim.Adam(model.parameters(), lr=recipe.lr, "
+        "net.parameters(), lr=args.lr)", "torch.optim.Adam(net.parameters(), lr=args.lr, "
         "eps=1e-6)", **ADAM),
     "the optimizer made anew in each epoch": replaced(
-        "plain", "update", "The optimizer was made anew", "        model.train()\n",
-        "        model.train()\n        optimizer = configure_optimizers(model, recipe)\n"),
+        "plain", "update", "The optimizer was made anew", "        #: Without set_epoch",
+        f"        optimizer = {SGD}\n        #: Without set_epoch"),
     "Adam made anew in each epoch": replaced(
-        "plain", "update", "The optimizer was made anew", "        model.train()\n",
-        "        model.train()\n        optimizer = configure_optimizers(model, recipe)\n", **ADAM),
+        "plain", "update", "The optimizer was made anew",
+        "        train_loader.sampler.set_epoch(epoch)\n",
+        "        train_loader.sampler.set_epoch(epoch)\n"
+        "        optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)\n", **ADAM),
     "parameters not given to the optimizer": replaced(
         "plain", "update", "Parameters that the optimizer was not given",
-        "torch.optim.SGD(model.parameters()", "torch.optim.SGD(model.head.parameters()"),
+        "torch.optim.SGD(net.parameters()", "torch.optim.SGD(net.head.parameters()"),
     "weight decay for biases, too": replaced(
         "plain", "update", "Other groups of parameters",
-        "        self.optimizer = make_optimizer(net, recipe)\n",
-        "        self.optimizer = torch.optim.SGD(net.parameters(), lr=recipe.lr,"
-        " momentum=recipe.momentum, weight_decay=recipe.weight_decay)\n", **OPTIMIZE),
+        "    optimizer = make_optimizer(net, args)\n",
+        "    optimizer = torch.optim.SGD(net.parameters(), lr=args.lr,"
+        " momentum=args.momentum, weight_decay=args.weight_decay)\n", **OPTIMIZE),
     "the schedule told of epochs": replaced(
-        "lightning", "update", "The schedule moves by step", 'else "epoch"\n',
-        'else "epoch"\n        interval = "epoch"\n',
+        "lightning", "update", "The schedule moves by step",
+        'interval = "epoch" if plateau else self.hparams.interval', 'interval = "epoch"',
         **OPTIMIZE | dict(schedule="onecycle", max_epochs=3)),
     "the schedule's entry forgotten": replaced(
         "lightning", "update", "A schedule on one side only",
-        '        return {"optimizer": optimizer, "lr_scheduler": schedule}',
+        '        return {"optimizer": optimizer, "lr_scheduler": config}',
         "        return optimizer", **OPTIMIZE | dict(schedule="cosine", interval="step")),
     "the schedule before the step": Control(
         "plain", "update", "The schedule moves before", (
-            ('        if recipe.moves_on == "step":\n            t.scheduler.step()\n', ""),
-            ("        t.scaler.step(t.optimizer)\n",
-             "        t.scheduler.step()\n        t.scaler.step(t.optimizer)\n"),
+            ('            if args.interval == "step" and args.schedule != "plateau":\n'
+             "                schedule.step()\n", ""),
+            ("            scaler.step(optimizer)\n",
+             "            schedule.step()\n            scaler.step(optimizer)\n"),
         ), settings=OPTIMIZE | dict(schedule="cosine", interval="step")),
     "another length of the schedule": replaced(
-        "lightning", "update", "Another schedule", "make_scheduler(optimizer, self.recipe, "
-        "self.steps)", "make_scheduler(optimizer, self.recipe, 2 * self.steps)",
+        "lightning", "update", "Another schedule", "make_schedule(optimizer, self.hparams, "
+        "steps)", "make_schedule(optimizer, self.hparams, 2 * steps)",
         **OPTIMIZE | dict(schedule="cosine", interval="step")),
     "gradients accumulated on one side": Control(
         "lightning", "loss", "Gradients of several batches", settings=OPTIMIZE,
         own=dict(accumulate_grad_batches=2)),
     "accumulated on one side, and not divided": Control(
         "plain", "steps", "Gradients of several batches",
-        (("t.images, recipe) / group", "t.images, recipe)"),),
+        (("loss * weight / group", "loss * weight"),),
         own=dict(accumulate_grad_batches=2), settings=OPTIMIZE),
     "accumulated, but not divided": replaced(
-        "plain", "loss", "The loss is divided by 2", "t.images, recipe) / group",
-        "t.images, recipe)", **OPTIMIZE | dict(accumulate_grad_batches=2)),
+        "plain", "loss", "The loss is divided by 2", "loss * weight / group",
+        "loss * weight", **OPTIMIZE | dict(accumulate_grad_batches=2)),
     "the last step taken twice": replaced(
         "plain", "steps", "optimizer.step() is called", STEP,
-        STEP + "            if len(losses) + 1 == steps:\n                optimizer.step()\n"),
+        STEP + "        if step + 1 == 2 * len(loader):\n            optimizer.step()\n"),
     "one batch less": replaced(
-        "plain", "steps", "More epochs or batches", "recipe.max_epochs * batches if",
-        "recipe.max_epochs * batches - 1 if"),
+        "plain", "steps", "More epochs or batches", "bar = tqdm(loader,",
+        "bar = tqdm(list(loader)[: len(loader) - epoch],"),
     "one epoch more": Control(
         "lightning", "steps", "More epochs or batches", own=dict(max_epochs=3)),
     "weights loaded after the training": replaced(
         "plain", "weights", "Weights were loaded after the last step",
-        "    return torch.stack(losses).tolist(), val, loader.sampler.handed_out",
-        "    model.head.bias.data.zero_()\n"
-        "    return torch.stack(losses).tolist(), val, loader.sampler.handed_out"),
+        "    return net\n", "    net.head.bias.data.zero_()\n    return net\n"),
 }  # fmt: skip
 
 # Equal runs, of both sides of a lesson: the doctor must find nothing.
 EQUAL: list[dict[str, Any]] = [
     *(dict(lesson=lesson) for lesson in lessons()),
     *(dict(lesson="cifar", seed=seed) for seed in (1, 2, 3)),
-    dict(lesson="cifar", **ADAM),
+    ADAM,
     dict(lesson="cifar", threads=2),
     dict(lesson="fashion", threads=2, batch_size=64),
     dict(lesson="cifar", batch_size=16, seed=4),
     dict(lesson="cifar", max_epochs=3, limit_val_batches=1),
-    dict(lesson="resume", **ADAM),
-    dict(lesson="callbacks", **ADAM, threads=2),
+    dict(lesson="resume", lr=0.05),
+    dict(**ADAM, threads=2),
     dict(lesson="optimize", schedule="onecycle"),
     dict(lesson="optimize", schedule="cosine", interval="step", gradient_clip_algorithm="value"),
     dict(lesson="optimize", precision="bf16-mixed"),
     dict(lesson="optimize", accumulate_grad_batches=4, exact_accumulation=True, seed=5),
-    dict(lesson="optimize", schedule="plateau", **ADAM),
+    dict(lesson="optimize", schedule="plateau", lr=0.05),
     dict(lesson="finetune", seed=6),
 ]
 
@@ -310,7 +319,7 @@ EQUAL: list[dict[str, Any]] = [
 def trace(side: str, path: Path, monkeypatch, *changes, model=None, lesson="cifar", **settings):
     """Train one side as `helpers.train` does, with a trace around it; nothing in it changes.
 
-    A lesson builds its network within `run`, so the trace begins there. One that a summary is
+    A lesson builds its network within `main`, so the trace begins there. One that a summary is
     made of is built before: its trace is overwritten.
     """
     traces: list[Trace] = []

@@ -1,22 +1,23 @@
 """What the tests share: loading a lesson, changed or not, and training it on a few images."""
 
-from common import ROOT, SIDES, figures
-from common import data as data_module
-from common.data import PIXELS, Data, Images
-from common.options import Options
-from common.recipes import RECIPES
+from common import ROOT, SIDES, data, figures, resume, run
+from common.data import Data, Images
+from common.download import is_here, read_real
+from common.models import NETWORKS as NETWORKS_OF_SPEED
+from common.networks import NETWORKS
+from common.proof import watch
+from common.proof.lessons import load as load_lesson
 
 import functools
-import importlib.util
 import os
 import socket
-import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 # What the tests compared, printed at the end of the session by conftest.py.
 COMPARED: dict[str, int] = {}
@@ -42,61 +43,37 @@ def lessons() -> list[str]:
     return sorted(names[0])
 
 
-def load_lesson(side: str, name: str, *changes: tuple[str, str]):
-    """Import SIDE/NAME.py as a module of its own, after replacing each old text by a new one.
-
-    Both sides have modules of the same names: while one is loaded, its folder is first on the
-    path, as when Python runs the script, and its siblings are forgotten afterwards.
-    """
-    path = ROOT / side / f"{name}.py"
-    source = path.read_text(encoding="utf-8")
-    for old, new in changes:
-        assert source.count(old) == 1, f"{path} has {source.count(old)} times: {old}"
-        source = source.replace(old, new)
-    siblings = [sibling.stem for sibling in path.parent.glob("*.py")]
-    sys.path.insert(0, str(path.parent))
-    try:
-        module = importlib.util.module_from_spec(
-            importlib.util.spec_from_file_location(f"{side}_{name}", path)
-        )
-        exec(compile(source, str(path), "exec"), module.__dict__)
-        return module
-    finally:
-        sys.path.remove(str(path.parent))
-        for sibling in siblings:
-            sys.modules.pop(sibling, None)
-
-
 def real_data(name: str = "cifar10") -> Path | None:
     """The folder with the real images of that name, where DATA_DIR names one."""
     folder = os.environ.get("DATA_DIR")
-    return Path(folder) if folder and data_module.is_here(Path(folder), name) else None
+    return Path(folder) if folder and is_here(Path(folder), name) else None
 
 
 @functools.cache
-def some_images(name: str = "cifar10") -> tuple[str, tuple[str, ...], Images]:
+def some_images(name: str = "cifar10") -> Images:
     """2,000 images in that set's format: real ones where DATA_DIR has them, else shapes."""
     if folder := real_data(name):
-        classes, _, test = data_module._real(name, folder)
+        classes, _, test = read_real(name, folder)
     else:
-        with pytest.MonkeyPatch.context() as patch:
-            few = lambda draw: lambda count, seed: draw(2000, seed)  # noqa: E731
-            for draw in ("draw_shapes", "draw_grey_shapes"):
-                patch.setattr(data_module.shapes, draw, few(getattr(data_module.shapes, draw)))
-            classes, _, test = data_module._shapes_like(name)
-    return name if folder else "shapes", classes, Images(test.images[:2000], test.labels[:2000])
+        draw = {"cifar10": data.shapes.draw_shapes, "fashionmnist": data.shapes.draw_grey_shapes}
+        classes, test = data.shapes.CLASSES, draw[name](2000, 2)
+    used = name if folder else "shapes"
+    return Images(test[0][:2000], test[1][:2000], name=used, classes=tuple(classes))
 
 
 def small_data(train: int = 120, val: int = 130, test: int = 140, lesson: str = "cifar") -> Data:
-    recipe = RECIPES[lesson]
-    name, classes, all_images = some_images(recipe.data)
+    network = next(network for network in NETWORKS if network.lesson == lesson)
+    all_images = some_images(network.data)
     splits, start = [], 0
-    for length in (train, val, test):
+    for split, length in (("train", train), ("val", val), ("test", test)):
         part = slice(start, start + length)
         images, labels = all_images.images[part], all_images.labels[part]
-        splits.append(Images(images, labels, PIXELS[recipe.pixels]))
+        splits.append(
+            replace(all_images, images=images, labels=labels, transform=network.normalize,
+                    split=split)
+        )  # fmt: skip
         start += length
-    return Data(name, classes, *splits)
+    return Data(*splits)
 
 
 class Noisy(nn.Module):
@@ -145,24 +122,81 @@ def be_alone(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def train(side, runs_dir, monkeypatch, *changes, data=None, lesson="cifar", model=None, **settings):
-    """Train one side on a few images; return the Run. `settings` go to the recipe or the options.
+# By what name a lesson calls the network that it trains.
+NETWORK_NAMES = {
+    "cifar": "Net", "fashion": "MLP", "callbacks": "DeepNet", "resume": "DropoutNet",
+    "optimize": "NormNet", "parallel": "Net", "speed": "NETWORKS", "finetune": "Transfer",
+}  # fmt: skip
+
+
+def arguments(module, side, lesson, runs_dir, **settings):
+    """The lesson's Args, checked as on the command line, with settings that suit few images.
 
     A learning rate of 0.02 on so few steps: the weights must move far enough to show differences.
     """
-    recipe = RECIPES[lesson]
-    # Before the lesson imports it, directly or through an earlier lesson.
-    data = data or small_data(lesson=lesson)
-    monkeypatch.setattr(data_module, "load_data", lambda recipe, options: data)
+    usual = {"lr": 0.02, "batch_size": 8, "max_epochs": 2, "weights": "random", "threads": 1}
+    usual |= {"accelerator": "cpu", "log_every_n_steps": 5, "refresh_rate": 0}
+    known = {own.name for own in fields(module.Args) if own.init}
+    given = {name: value for name, value in usual.items() if name in known} | settings
+    return run.ready(module.Args(**given, runs_dir=runs_dir), ROOT / side / f"{lesson}.py")
+
+
+def train(
+    side, runs_dir, monkeypatch, *changes, images=None, lesson="cifar", model=None, **settings
+):
+    """Train one side on a few images; return what result.json holds.
+
+    `images` are a Data in place of the few; `model` is a class in place of the lesson's network;
+    `changes` are made to the lesson's text; `settings` go to its Args.
+    """
+    few = images or small_data(lesson=lesson)
     module = load_lesson(side, lesson, *changes)
+    give(module, few, model or NOISY[few_like(lesson)], lesson, monkeypatch)
+    nets, optimizers = [], {}
+
+    def main(args):
+        nets.append(module.main(args))
+        return nets[0]
+
+    note = lambda optimizer, *_: optimizers.setdefault(optimizer)  # noqa: E731
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        args = arguments(module, side, lesson, runs_dir, **settings)
+        if getattr(args, "ckpt_path", None):
+            resume.begin(args)  # as `run` does
+        result = Result(watch.watch(main, args))
+    finally:
+        hook.remove()
+    result.net, result.optimizer = nets[0], next(iter(optimizers), None)
+    return result
+
+
+class Result(dict):
+    """What result.json holds; and the network that was returned, and the optimizer of it."""
+
+    net = optimizer = None
+
+
+def few_like(lesson):
+    return next(network.data for network in NETWORKS if network.lesson == lesson)
+
+
+def give(module, images, model, lesson, monkeypatch):
+    """Let a loaded lesson find these images and this network."""
+
+    def load_images(name, args, transform=None):
+        data._check_limits(images, args)
+        args.used_data, args.classes = images.name, images.classes
+        return images
+
+    monkeypatch.setattr(module, "load_images", load_images)
+    name = NETWORK_NAMES[lesson]
+    by_name = dict.fromkeys(NETWORKS_OF_SPEED, model)
+    monkeypatch.setattr(module, name, by_name if name == "NETWORKS" else model)
     # Not a divisor of the 130 validation images: averages over batches and samples differ.
-    monkeypatch.setattr(data_module, "EVAL_BATCH_SIZE", 50)
-    monkeypatch.setattr(figures, "SHOWN", 8)  # the drawing of more takes longer than the training
-    settings = {"lr": 0.02, "batch_size": 8, "max_epochs": 2, "weights": "random"} | settings
-    recipe = replace(recipe, model=model or NOISY[recipe.data])
-    of_recipe = {name: settings.pop(name) for name in list(settings) if hasattr(recipe, name)}
-    settings.pop("weights", None)  # only finetune has such a setting
+    monkeypatch.setattr(data, "EVAL_BATCH_SIZE", 50)
+    # The drawing of pictures takes longer than the training of so few steps.
+    monkeypatch.setattr(figures, "draw", lambda *_: {})
+    monkeypatch.setattr(figures, "SHOWN", 8)  # of the pictures that `callbacks` draws itself
     if lesson == "parallel" and os.environ.get("WORLD_SIZE", "1") == "1":
         be_alone(monkeypatch)
-    options = Options(accelerator="cpu", runs_dir=runs_dir, log_every_n_steps=5)
-    return module.run(replace(recipe, **of_recipe), replace(options, **settings))

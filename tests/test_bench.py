@@ -1,24 +1,22 @@
 """What `make bench` and `make bench-speed` show follows from what they measured."""
 
-from bench import overhead, seeds
+from bench import evidence, overhead, seeds, startup
 from bench.report import fill
 from common import ROOT
-from common.data import PIXELS, Data, Images
+from common.data import Data
 from common.messages import BadInput
-from common.options import parse_options
-from common.recipes import RECIPES
-from common.shapes import CLASSES, draw_shapes
+from common.run import parse
 
 import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields
 from statistics import mean
 
 import numpy as np
 import pytest
-from helpers import SIDES, count
+from helpers import SIDES, count, load_lesson, small_data
 
 FOLDER = ROOT / "docs" / "speed"
 MEASURED = json.loads((FOLDER / "overhead.json").read_text())
@@ -27,8 +25,7 @@ SEEDS = json.loads((FOLDER / "seeds.json").read_text())
 
 @pytest.mark.parametrize("way", overhead.WAYS)
 def test_each_way_makes_its_steps(way):
-    images = Images(*draw_shapes(120, seed=1), PIXELS["signed"])
-    data = Data("shapes", CLASSES, images, images, images)
+    data = overhead.drawn(120)
     assert overhead.measure_one(overhead.Case(way, "Net", 4), data, steps=4) > 0
     count("ways to train")
 
@@ -60,6 +57,51 @@ def test_a_watch_takes_inner_times_out_of_outer_ones(monkeypatch):
     for each in undo:
         each()
     assert Calls().outer() == 7 and watch.seconds["inner"] == 2.0
+
+
+def test_what_takes_the_trainers_time_is_found():
+    """Each function that is watched is there, and called; their times are within the step's."""
+    found = overhead.profile(overhead.drawn(60), rounds=1, batch_size=4)
+    parts = found["parts"]
+    assert len(parts) >= 10 and all(seconds > 0 for seconds in parts.values())
+    assert "the bar" in parts and "training_step, the lesson's own" in parts
+    assert sum(parts.values()) < 3 * found["seconds_while_watched"]
+    assert set(found["without"]) == {"without the bar", "without the logger"}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_lesson_is_trained_for_the_comparison(side, monkeypatch):
+    """On a few images, for one seed: both sides end with the same weights, and the clock ran."""
+    few = Data(*small_data(lesson="speed"))
+
+    def load(side, name, *changes, usual=load_lesson):
+        module = usual(side, name, *changes)
+        module.load_images = lambda *_: few
+        return module
+
+    monkeypatch.setattr(seeds, "load", load)
+    found = seeds.train(side, "speed", 1, ROOT, limit_train_batches=3, batch_size=16)
+    again = seeds.train(
+        {"plain": "lightning", "lightning": "plain"}[side], "speed", 1, ROOT,
+        limit_train_batches=3, batch_size=16,
+    )  # fmt: skip
+    assert found["cpu_seconds"] > 0 and found["weights"] == again["weights"]
+    assert (found["val"], found["test"]) == (again["val"], again["test"])
+    other = seeds.train(side, "speed", 1, ROOT, limit_train_batches=3, batch_size=16,
+                        pixels="signed")  # fmt: skip
+    assert other["cpu_seconds"] > 0
+
+
+def test_watched_and_bare_steps_are_the_same_steps():
+    ratios, bare = evidence.measure(loading=True, steps=4, rounds=2)
+    assert len(ratios) == 2 and min(ratios) > 0 and bare > 0
+
+
+def test_a_command_is_measured():
+    spent, took = startup.run(["-c", "sum(range(100_000))"])
+    assert spent > 0 and took > 0
+    with pytest.raises(subprocess.CalledProcessError):
+        startup.run(["-c", "raise SystemExit(3)"])
 
 
 def test_the_memory_measured_is_the_childs_own():
@@ -119,14 +161,17 @@ def test_speed_is_as_good_as_the_tutorial_in_a_tenth_of_the_time():
     assert {r["means"] for r in SEEDS["means"]} == set(seeds.MEANS)
 
 
-def test_the_small_network_is_measured_with_the_pages_command():
+def test_the_small_network_is_measured_with_the_pages_command(tmp_path):
     page = (ROOT / "docs" / "speed.md").read_text()
     words = re.search(r'make plain-speed ARGS="(--network small[^"]*)"', page)[1].split()
-    recipe, options = parse_options("speed", words)
     name, settings = seeds.COMPARED["speed, small network"]
-    settings = dict(settings)
-    assert options.limit_train_batches == settings.pop("limit_train_batches")
-    assert recipe == replace(RECIPES[name], **settings)
+    args = load_lesson("plain", name).Args
+    given = parse(args, ROOT / "plain" / f"{name}.py", [*words, "--runs-dir", str(tmp_path)])
+    wanted = args(**settings, runs_dir=tmp_path)
+    compared = [own.name for own in fields(args) if own.init]
+    assert len(compared) >= 25
+    for option in compared:
+        assert getattr(given, option) == getattr(wanted, option), option
 
 
 def test_bad_input_is_one_sentence(tmp_path):

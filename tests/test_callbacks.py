@@ -1,13 +1,13 @@
 """The lesson `callbacks`: the decisions are Lightning's, and every logger holds the same."""
 
-from common import ROOT, checkpoints
-from common import options as options_module
-from common.options import Options
-from common.parity import compare_results
-from common.recipes import RECIPES
-from common.sidebyside import cells
+from common import ROOT, checkpoints, figures
+from common.models import DeepNet
+from common.proof.parity import compare_results
+from common.proof.sidebyside import cells
+from common.run import run
 
 import csv
+import importlib.util
 import io
 import json
 import math
@@ -15,7 +15,6 @@ import re
 import struct
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,30 +22,86 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers import SIDES, count, load_lesson, small_data, some, train
+from helpers import SIDES, Noisy, arguments, count, give, load_lesson, small_data, some, train
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
-PLAIN, LIGHTNING = (load_lesson(side, "callbacks") for side in SIDES)
-
+SHOWN = figures.SHOWN  # the other tests draw fewer
+STAGES = "data start steps weights optimizer random metrics checkpoints".split()
 # It stops by itself after a few epochs, and the best epoch is not the last.
-STOPS = dict(lesson="callbacks", lr=0.2, seed=1, optimizer="sgd", patience=2, max_epochs=12)
+STOPS = dict(lesson="callbacks", lr=0.2, seed=1, patience=2, max_epochs=12)
 
 
 # The decisions.
 
 
-def decided_by_lightning(val_losses, patience, min_delta):
-    """Call the hooks of the lesson's own callbacks, epoch by epoch, as the Trainer does.
+class Enough(Exception):
+    """What the test wanted to see was seen."""
 
-    Returns the epochs in which best.ckpt and last.ckpt were written, and why it stopped.
+
+@pytest.fixture(scope="module")
+def decide(tmp_path_factory):
+    """Two functions that ask the lesson's own main, on either side, what it decides.
+
+    Each takes validation losses, patience and min_delta, and returns the epochs in which best.ckpt
+    and last.ckpt were written, and whether the training was stopped.
     """
-    recipe = replace(RECIPES["callbacks"], patience=patience, min_delta=min_delta)
-    folder = Path("nowhere")
-    stopping, best, last, *_ = LIGHTNING.make_callbacks(recipe, Options(), None, folder)
+    folder, few = tmp_path_factory.mktemp("decide"), small_data(lesson="callbacks")
+    modules = {side: load_lesson(side, "callbacks") for side in SIDES}
+    plain, lightning = modules["plain"], modules["lightning"]
+    every = {side: arguments(modules[side], side, "callbacks", folder) for side in SIDES}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules.values():
+            give(module, few, Noisy, "callbacks", patch)
+        nothing = SimpleNamespace(log_metrics=lambda *_: 0, log_picture=lambda *_: 0,
+                                  close=lambda: 0)  # fmt: skip
+        patch.setattr(plain, "Logger", lambda args: nothing)
+        patch.setattr(plain, "train_epoch", lambda *_: {})
+        patch.setattr(plain, "figures", SimpleNamespace(predictions=lambda *_: None))
+        patch.setattr(plain, "checkpoints", SimpleNamespace(load=lambda *_: None))
+        patch.setattr(lightning, "LitCallbacks", lambda *_: None)
+
+        def by_hand(val_losses, patience, min_delta):
+            args, written, stopping = every["plain"], {"best": [], "last": []}, []
+            args.patience, args.min_delta = patience, min_delta
+            args.max_epochs, losses = len(val_losses), iter([*val_losses, math.nan])  # and the test
+
+            class Kept(usual):
+                def __init__(self, *given):
+                    super().__init__(*given)
+                    stopping.append(self)
+
+            patch.setattr(plain, "EarlyStopping", Kept)
+            patch.setattr(plain, "evaluate", lambda *_: {"val_loss": next(losses)})
+            patch.setattr(
+                plain, "save", lambda name, net, opt, epoch, *_: written[name].append(epoch)
+            )
+            plain.main(args)
+            return written["best"], written["last"], stopping[0].stopped
+
+        def by_lightning(val_losses, patience, min_delta):
+            args, given = every["lightning"], {}
+            args.patience, args.min_delta = patience, min_delta
+
+            def trainer(**arguments):
+                given.update(arguments)
+                raise Enough
+
+            patch.setattr(lightning, "L", SimpleNamespace(
+                Trainer=trainer, seed_everything=lambda *_, **__: None))  # fmt: skip
+            with pytest.raises(Enough):
+                lightning.main(args)
+            return hooks_called(given["callbacks"], val_losses)
+
+        usual = plain.EarlyStopping
+        yield by_hand, by_lightning
+
+
+def hooks_called(callbacks, val_losses):
+    """Call the hooks of the lesson's callbacks, epoch by epoch, as the Trainer does."""
     written = {"best": [], "last": []}
     trainer = SimpleNamespace(
         state=SimpleNamespace(fn=TrainerFn.FITTING), sanity_checking=False, fast_dev_run=False,
@@ -58,24 +113,12 @@ def decided_by_lightning(val_losses, patience, min_delta):
     for epoch, loss in enumerate(val_losses):
         trainer.current_epoch, trainer.global_step = epoch, 10 * (epoch + 1)
         trainer.callback_metrics = {"val_loss": torch.tensor(loss, dtype=torch.float64)}
-        for callback in (stopping, best, last):
+        for callback in callbacks[:3]:  # EarlyStopping, and two ModelCheckpoints
             callback.on_validation_end(trainer, None)
             callback.on_train_epoch_end(trainer, None)
         if trainer.should_stop:
             break
-    return written["best"], written["last"], stopping.stopping_reason.name
-
-
-def decided_by_hand(val_losses, patience, min_delta):
-    best, reason = [], "not stopped"
-    for epoch in range(len(val_losses)):
-        seen = val_losses[: epoch + 1]
-        if PLAIN.best_epoch(seen) == epoch:
-            best.append(epoch)
-        reason = PLAIN.stop_reason(seen, patience, min_delta)
-        if reason != "not stopped":
-            break
-    return best, list(range(epoch + 1)), reason.upper().replace(" ", "_")
+    return written["best"], written["last"], trainer.should_stop
 
 
 # Few different values, so that ties and gains of exactly min_delta occur; and any other number.
@@ -83,61 +126,88 @@ STEPS = st.integers(0, 8).map(lambda eighths: eighths / 8)
 LOSSES = st.one_of(STEPS, st.floats(0, 10), st.sampled_from([math.nan, math.inf, 0.1 + 0.2, 0.3]))
 
 
-@settings(max_examples=1000, deadline=None)
+SERIES = (
+    st.lists(LOSSES, min_size=1, max_size=20),
+    st.integers(1, 5),
+    st.one_of(STEPS, st.floats(0, 1)),
+)
+
+
+def assert_same_decisions(decide, val_losses, patience, min_delta):
+    by_hand, by_lightning = decide
+    ours = by_hand(val_losses, patience, min_delta)
+    assert ours == by_lightning(val_losses, patience, min_delta)
+    best, last, stopped = ours
+    assert best[0] == 0 and last == list(range(len(last))) and len(last) <= len(val_losses)
+    count("series of losses, decided as Lightning does")
+    count("of these, stopped early", stopped)
+
+
+@settings(max_examples=300, deadline=None)
 @example([1.0, 1.0, 1.0], 2, 0.0)  # ties
 @example([1.0, 0.75, 0.5, 0.25], 1, 0.25)  # each gain is exactly min_delta
 @example([0.3 + 0.1, 0.3], 1, 0.1)  # 0.1 in the decimal system, less in binary
 @example([math.nan], 3, 0.0)
 @example([1.0, 0.9, math.inf], 3, 0.0)
-@given(
-    st.lists(LOSSES, min_size=1, max_size=20),
-    st.integers(1, 5),
-    st.one_of(STEPS, st.floats(0, 1)),
-)
-def test_the_same_decisions_as_lightning(val_losses, patience, min_delta):
-    ours = decided_by_hand(val_losses, patience, min_delta)
-    assert ours == decided_by_lightning(val_losses, patience, min_delta)
-    assert ours[0] and ours[0][0] == 0 and ours[1][-1] <= len(val_losses) - 1
-    count("series of losses, decided as Lightning does")
-    if ours[2] != "NOT_STOPPED":
-        count("of these, stopped early")
+@given(*SERIES)
+def test_the_same_decisions_as_lightning(decide, val_losses, patience, min_delta):
+    assert_same_decisions(decide, val_losses, patience, min_delta)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(*SERIES)
+def test_many_of_the_same_decisions(decide, val_losses, patience, min_delta):
+    assert_same_decisions(decide, val_losses, patience, min_delta)
+
+
+def trained(side, folder, monkeypatch, *changes, **settings):
+    """Train one side and draw no pictures; the network is asked what they would show."""
+
+    def predictions(net, data, epoch, folder):
+        with torch.no_grad():
+            net(data.val.__getitems__(list(range(figures.SHOWN)))[0])
+
+    monkeypatch.setattr(figures, "predictions", predictions)
+    return train(side, folder, monkeypatch, *changes, **{**STOPS, **settings})
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         folder = tmp_path_factory.mktemp("stopped")
-        return folder, {side: train(side, folder, monkeypatch, **STOPS) for side in SIDES}
+        return folder, {side: trained(side, folder, monkeypatch) for side in SIDES}
 
 
 def test_both_sides_stop_at_the_same_epoch(stopped):
-    _, runs = stopped
-    results = [runs[side].result() for side in SIDES]
-    assert compare_results(*results).agree
-    decisions = results[0]["decisions"]
-    assert decisions["stopped by"].startswith("early stopping: no validation loss lower")
-    assert decisions["epochs"] == len(results[0]["val_loss"]) < 12
-    assert decisions["best epoch"] == decisions["epochs"] - 1 - 2  # then two without improvement
-    assert decisions["best validation loss"] == min(results[0]["val_loss"])
+    _, results = stopped
+    comparison = compare_results(*results.values())
+    assert comparison.agree, comparison.first_difference
+    assert [stage.name for stage in comparison.stages] == STAGES
+    assert all(stage.compared > 0 for stage in comparison.stages)
+    losses = results["plain"]["val_loss"]
+    assert 3 <= len(losses) < 12
+    assert losses.index(min(losses)) == len(losses) - 1 - 2  # then two without improvement
     count("pairs of runs that stopped early")
 
 
 def test_the_best_weights_are_tested(stopped):
-    folder, runs = stopped
+    folder, results = stopped
     for side in SIDES:
-        files = folder / "callbacks" / side / "checkpoints"
+        own, losses = folder / "callbacks" / side, results[side]["val_loss"]
+        files = own / "checkpoints"
         assert sorted(path.name for path in files.iterdir()) == ["best.ckpt", "last.ckpt"]
         best, last = (checkpoints.read(files / f"{name}.ckpt") for name in ("best", "last"))
-        decisions = runs[side].decisions
-        assert best["epoch"] == decisions["best epoch"] < last["epoch"] == decisions["epochs"] - 1
+        assert best["epoch"] == losses.index(min(losses)) < last["epoch"] == len(losses) - 1
         assert best["global_step"] == 15 * (best["epoch"] + 1)
-        now = runs[side].model.state_dict()
+        now = checkpoints.read(own / "weights.pt")
         weights = checkpoints.weights(best, files)
         assert now.keys() == weights.keys() and len(now) > 0
         assert all(torch.equal(now[name], weights[name]) for name in now)
         others = checkpoints.weights(last, files)
         assert not all(torch.equal(now[name], others[name]) for name in now)
-        assert str(best["epoch"]) in decisions["tested"]
+        said = results[side]["checkpoints"]
+        assert said["best.ckpt"].startswith(f"epoch {best['epoch']}, step {best['global_step']}, ")
         count("checkpoints", 2)
 
 
@@ -165,30 +235,23 @@ def test_checkpoints_hold_the_same_on_both_sides(stopped):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_a_loss_that_is_no_number_stops_at_once(side, tmp_path, monkeypatch):
-    run = train(side, tmp_path, monkeypatch, **{**STOPS, "lr": 1e38})
-    assert len(run.val) == 1 and "is not a number" in run.decisions["stopped by"]
-    assert run.decisions["best epoch"] == 0  # there is no other
-    assert run.result()["decisions"]["best validation loss"] is None
+    result = trained(side, tmp_path, monkeypatch, lr=1e36)
+    assert result["val_loss"] == [None]
+    # There is no other: it is the best one, too.
+    assert [said.split(",")[0] for said in result["checkpoints"].values()] == ["epoch 0"] * 2
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_no_epoch_was_validated(side, tmp_path, monkeypatch):
-    run = train(side, tmp_path, monkeypatch, lesson="callbacks", max_steps=7)
-    assert run.val == [] and len(run.train_loss) == 7
-    assert run.decisions == {
-        "stopped by": "--max-steps 7",
-        "tested": "the last weights, since no epoch was validated",
-    }
-    assert not (tmp_path / "callbacks" / side / "checkpoints").exists()
-
-
+NUDGE = "    weight = next(net.parameters()).data.view(-1)[:1]\n" \
+        "    weight.copy_(torch.nextafter(weight, weight + 1))\n"  # fmt: skip
+MADE = "    net = DeepNet().to(device)\n"
+LOADED = "    test = evaluate(net, test_loader"
 CHANGES = {
     # name: (side, stage that must differ first, (old text, new text), ...)
-    "one epoch more of patience": ("plain", "steps", ("wait >= patience", "wait > patience")),
-    "the last weights tested": ("plain", "weights", ("best.ckpt\")", "last.ckpt\")")),
-    "whatever weights there are tested": (
-        "lightning", "weights", ("datamodule, best=True)", "datamodule)"),
+    "one epoch more of patience": (
+        "plain", "steps", ("wait >= self.patience", "wait > self.patience"),
     ),
+    "the last weights tested": ("plain", "weights", ("best.ckpt\")", "last.ckpt\")")),
+    "whatever weights there are tested": ("lightning", "weights", ("ckpt_path=best, ", "")),
     "pictures in train mode": (
         "lightning", "steps",
         ("        epoch, step = trainer",
@@ -196,27 +259,37 @@ CHANGES = {
     ),
     "nll_loss of probabilities": (
         "lightning", "steps",
-        ("        loss = F.nll_loss(output, labels)\n        self.losses",
-         "        loss = F.nll_loss(output.exp(), labels)\n        self.losses"),
+        ("self.loss_function(output, labels)", "self.loss_function(output.exp(), labels)"),
     ),
-    "a validation loss in float32": (
-        "lightning", "decisions",
-        ('else loss.double()', 'else loss'),
+    "the best by accuracy": (
+        "lightning", "weights",
+        ("\"best\", monitor=\"val_loss\"", "\"best\", monitor=\"val_accuracy\", mode=\"max\""),
     ),
     "twice the learning rate": (
-        "lightning", "steps",
-        ("super().__init__(model, recipe, ",
-         "super().__init__(model, type(recipe)(**{**vars(recipe), 'lr': 2 * recipe.lr}), "),
+        "lightning", "steps", ("lr=self.hparams.lr", "lr=2 * self.hparams.lr"),
     ),
 }  # fmt: skip
+LAST_PLACE = {
+    "start": (MADE, MADE + NUDGE),
+    "weights": (LOADED, NUDGE + LOADED),
+}
+
+
+@pytest.mark.parametrize("stage", LAST_PLACE)
+def test_one_unit_in_the_last_place_is_found(stage, stopped, tmp_path, monkeypatch):
+    """Of one weight, before the training or after it."""
+    changed = trained("plain", tmp_path, monkeypatch, LAST_PLACE[stage])
+    first = compare_results(changed, stopped[1]["lightning"]).first_difference
+    assert first.name == stage, first
+    count("negative controls")
 
 
 @pytest.mark.parametrize("name", some(CHANGES))
 def test_one_change_is_found(name, stopped, tmp_path, monkeypatch):
     side, stage, *changes = CHANGES[name]
-    changed = train(side, tmp_path, monkeypatch, *changes, **STOPS).result()
+    changed = trained(side, tmp_path, monkeypatch, *changes)
     (other,) = set(SIDES) - {side}
-    comparison = compare_results(changed, stopped[1][other].result())
+    comparison = compare_results(changed, stopped[1][other])
     assert comparison.first_difference, f"{name} was not found"
     assert comparison.first_difference.name == stage, comparison.first_difference
     count("negative controls")
@@ -393,11 +466,9 @@ def test_each_logger_holds_the_same_of_both_sides(logger, tmp_path, monkeypatch)
 
 def test_the_same_32_images_after_each_epoch():
     """The pictures show the first validation images, which no shuffling moves."""
-    from common import figures
-
-    assert figures.SHOWN == 32
+    assert SHOWN == 32
     data = small_data()
-    net = RECIPES["callbacks"].model().eval()
+    net = DeepNet().eval()
     before = torch.get_rng_state()
     folder = Path("pictures")
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -411,18 +482,22 @@ def test_the_same_32_images_after_each_epoch():
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
 def test_a_logger_that_is_not_installed(side, logger, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(options_module.importlib.util, "find_spec", lambda name: None)
+    usual = importlib.util.find_spec
+    missing = lambda name: None if name == logger else usual(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
     said = refused(side, ["--logger", logger], tmp_path, monkeypatch, capsys)
     assert f"needs the package {logger}" in said and "extra `loggers`" in said
 
 
 def refused(side, arguments, tmp_path, monkeypatch, capsys):
+    """Let the command refuse some options; return what it says."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["callbacks.py", "--data", "shapes", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        load_lesson(side, "callbacks").main()
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert exit_.value.code == 2 and said.startswith("error: "), said
+    module = load_lesson(side, "callbacks")
+    with pytest.raises(SystemExit) as ended:
+        run(module.main, module.Args)
+    said = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and "Traceback" not in said, said
     count("bad inputs")
     return said
 
@@ -430,16 +505,17 @@ def refused(side, arguments, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (["--logger", "mlflow"], "'csv', 'tensorboard', 'wandb'"),
-        (["--patience", "0"], "--patience: expected a whole number from 1 on, got '0'"),
-        (["--patience", "2.5"], "got '2.5'"),
-        (["--min-delta", "-1"], "--min-delta: expected a number from 0.0 on, got '-1'"),
-        (["--min-delta", "nan"], "got 'nan'"),
+        (["--logger", "mlflow"], ["csv", "tensorboard", "wandb"]),
+        (["--patience", "0"], ["error: --patience 0: expected a whole number from 1 on."]),
+        (["--patience", "2.5"], ["2.5"]),
+        (["--min-delta", "-1"], ["error: --min-delta -1.0: expected a number from 0 on."]),
+        (["--min-delta", "nan"], ["error: --min-delta nan: expected a number from 0 on."]),
     ],
 )
 def test_bad_input(arguments, expected, tmp_path, monkeypatch, capsys):
     for side in SIDES:
-        assert expected in refused(side, arguments, tmp_path, monkeypatch, capsys)
+        said = refused(side, arguments, tmp_path, monkeypatch, capsys)
+        assert all(words in said for words in expected), said
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -450,9 +526,6 @@ def test_wandb_goes_online_only_when_told_to(side, tmp_path, monkeypatch, capsys
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    # Small splits: it gets as far as the logger.
-    data = small_data(lesson="callbacks")
-    monkeypatch.setattr("common.data.load_data", lambda recipe, options: data)
     said = refused(side, ["--logger", "wandb"], tmp_path, monkeypatch, capsys)
     assert "there is no account to log in to; type .venv/bin/wandb login" in said
     monkeypatch.setenv("WANDB_MODE", "sideways")

@@ -3,7 +3,7 @@
 from common import checkpoints
 from common.messages import BadInput
 from common.models import DeepNet, Net, SmallNet, Transfer
-from common.recipes import RECIPES
+from common.networks import NETWORKS, identify
 
 import collections
 import functools
@@ -21,7 +21,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers import count
+from helpers import count, lessons
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -530,10 +530,10 @@ def test_nothing_is_loaded_of_what_does_not_fit(name, side, tmp_path):
 
 
 def test_every_network_of_the_lessons_is_known():
-    names = []
-    for recipe in checkpoints._recipes():
+    titles = []
+    for network in NETWORKS:
         with torch.device("meta"):
-            state = checkpoints.network(recipe).state_dict()
+            state = network.make().state_dict()
         # As many numbers as the real one, but of one stored: VGG16 has 134 million.
         state = {
             name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
@@ -544,45 +544,42 @@ def test_every_network_of_the_lessons_is_known():
             found = checkpoints.weights(saved, Path("x"))
             assert list(found) == list(state)  # no network's own names look like a wrapper's
             # Where two lessons have the same network, the lesson's name decides.
-            assert checkpoints.identify(found, recipe.lesson) == recipe
-        names.append(checkpoints._name(recipe))
+            assert identify(found, network.lesson) is network
+        titles.append(network.title)
         count("networks identified")
-    assert {name.split()[0] for name in names} == set(RECIPES)
-    assert len(names) == len(set(names)) == len(RECIPES) + 4
-    assert "finetune resnet18" in names
+    assert {title.split()[0] for title in titles} == set(lessons())
+    assert len(titles) == len(set(titles)) == len(lessons()) + 5
+    assert "finetune resnet18" in titles
 
 
 def test_identifying_changes_no_random_number():
     """A lesson that asks which network it has must go on as one that does not."""
     weights = DeepNet().state_dict()
     before = torch.get_rng_state()
-    assert checkpoints.identify(weights) is RECIPES["callbacks"]
+    assert identify(weights).lesson == "callbacks"
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_lesson_decides_between_equal_networks(monkeypatch):
-    from dataclasses import replace
-
+def test_the_lesson_decides_between_equal_networks():
     weights = Net().state_dict()
-    monkeypatch.setitem(RECIPES, "again", replace(RECIPES["cifar"], lesson="again"))
-    assert checkpoints.identify(weights).lesson == "cifar"
-    assert checkpoints.identify(weights, "again").lesson == "again"
-    assert checkpoints.identify(weights, "cifar").lesson == "cifar"
-    assert checkpoints.identify(weights, "callbacks").lesson == "cifar"  # that one does not fit
+    assert identify(weights).lesson == "cifar"
+    assert identify(weights, "parallel").lesson == "parallel"
+    assert identify(weights, "cifar").lesson == "cifar"
+    assert identify(weights, "callbacks").lesson == "cifar"  # that one does not fit
 
 
 def test_an_unknown_network():
     weights = Net().state_dict()
     weights["fc3.weight"] = torch.zeros(100, 84)
-    sentence = said(lambda: checkpoints.identify(weights), "the nearest is cifar, with 1 of")
-    lessons = "(cifar, fashion, callbacks, resume, optimize, parallel, speed net, speed small, "
-    assert f"{lessons}speed airbench, finetune vgg16, " in sentence
-    assert checkpoints.identify(SmallNet().state_dict()).network == "small"
+    sentence = said(lambda: identify(weights), "the nearest is cifar, with 1 of")
+    known = "(cifar, fashion, callbacks, resume, optimize, parallel, parallel batch norm, "
+    assert f"{known}speed, speed small, speed airbench, finetune vgg16, " in sentence
+    assert identify(SmallNet().state_dict()).choice == "small"
     assert "'fc3.weight', float32 [100, 84] instead of float32 [10, 84]" in sentence
     other = Transfer("resnet18").state_dict()
     del other["head.bias"]
     said(
-        lambda: checkpoints.identify(other),
+        lambda: identify(other),
         "the nearest is finetune resnet18, with 1 missing",
         "'head.bias'",
     )

@@ -2,10 +2,10 @@
 
 from common import ROOT, download
 from common import data as data_module
-from common.data import EpochSampler, Images, eval_loader, load_data, train_loader
+from common.data import EpochSampler, Images, load_images, make_loader
 from common.messages import BadInput
-from common.options import Options
-from common.recipes import RECIPES
+from common.networks import CIFAR10, IMAGENET, TO_ONE
+from common.run import Options
 from common.shapes import draw_grey_shapes, draw_shapes
 
 import functools
@@ -32,22 +32,28 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import Compose, Normalize, ToPILImage, ToTensor, v2
 
-RECIPE = RECIPES["cifar"]
 TORCHVISIONS = {"cifar10": datasets.CIFAR10, "fashionmnist": datasets.FashionMNIST}
-# For each data set: a lesson that uses it, the transform of its images as the tutorials write it,
+# For each data set: the transform of its images as the tutorials write it and as the lessons do,
 # the format of its images, and how many there are to train on.
-LESSONS = {"cifar10": "cifar", "fashionmnist": "fashion"}
 TRANSFORMS = {
     "cifar10": Compose([ToPILImage(), ToTensor(), Normalize((0.5,) * 3, (0.5,) * 3)]),
     "fashionmnist": Compose([ToPILImage(), ToTensor()]),
 }
+OURS = {"cifar10": TO_ONE, "fashionmnist": None}
 FORMATS = {"cifar10": (3, 32, 32), "fashionmnist": (1, 28, 28)}
 COUNTS = {"cifar10": 45_000, "fashionmnist": 55_000}
-each_data_set = pytest.mark.parametrize("name", LESSONS)
+each_data_set = pytest.mark.parametrize("name", OURS)
 
 
-def recipe_of(name):
-    return RECIPES[LESSONS[name]]
+def options(**settings):
+    """A lesson's Args, as far as loading images needs them."""
+    args = Options(**{"data": "auto", "data_dir": Path("data"), **settings})
+    args.batch_size = 4
+    return args
+
+
+def load(name="cifar10", **settings):
+    return load_images(name, options(**settings), OURS[name])
 
 
 def one_by_one(images, name):
@@ -59,10 +65,10 @@ def one_by_one(images, name):
 def two_thousand(name):
     """2,000 images in a data set's format: real ones where DATA_DIR has them, else shapes."""
     if folder := real_data(name):
-        test = load_data(recipe_of(name), Options(data=name, data_dir=folder)).test
+        test = load(name, data=name, data_dir=folder).test
         return replace(test, images=test.images[:2000], labels=test.labels[:2000])
     draw = {"cifar10": draw_shapes, "fashionmnist": draw_grey_shapes}[name]
-    return Images(*draw(2000, seed=3), data_module.PIXELS[recipe_of(name).pixels])
+    return Images(*draw(2000, seed=3), OURS[name])
 
 
 @each_data_set
@@ -82,7 +88,7 @@ def test_every_value_of_a_byte_is_normalised_right(name):
     channels, height, width = FORMATS[name]
     every = torch.arange(channels * height * width).to(torch.uint8).view(1, channels, height, width)
     assert len(every.unique()) == 256
-    transform = data_module.PIXELS[recipe_of(name).pixels]
+    transform = OURS[name]
     batch, _ = Images(every, torch.zeros(1, dtype=torch.int64), transform).__getitems__([0])
     assert torch.equal(batch, one_by_one(every, name))
     # Why the code divides by 255: torchvision's v2.ToDtype rounds otherwise.
@@ -99,24 +105,25 @@ def test_a_batch_goes_through_both_transforms():
     assert torch.equal(halved.labels, labels)  # those of the split stay class numbers
 
 
-def test_pixels_are_those_of_the_recipes():
-    assert {recipe.pixels for recipe in RECIPES.values()} <= data_module.PIXELS.keys()
+def test_normalize_takes_the_mean_away_and_divides():
     black_and_white = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).repeat(1, 3, 1, 1)
-    signed = data_module.PIXELS["signed"](black_and_white.clone())
-    assert signed.flatten().tolist() == [-1, -1, -1, 1, 1, 1]
-    imagenet = data_module.PIXELS["imagenet"](black_and_white.clone())
+    assert TO_ONE(black_and_white.clone()).flatten().tolist() == [-1, -1, -1, 1, 1, 1]
     # (0 - mean) / std and (1 - mean) / std, with the numbers of torchvision's documentation.
     black = [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]
     white = [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]
-    assert imagenet.flatten().tolist() == pytest.approx([*black, *white])
-    assert data_module.PIXELS["unit"] is None
+    assert IMAGENET(black_and_white.clone()).flatten().tolist() == pytest.approx([*black, *white])
+    if folder := real_data():  # CIFAR-10's own images have mean 0 and spread 1 then
+        images = load(data_dir=folder).train.images[:5000]
+        pixels = CIFAR10(images.float() / 255)
+        assert pixels.mean((0, 2, 3)).abs().max() < 0.02
+        assert (pixels.std((0, 2, 3)) - 1).abs().max() < 0.02
 
 
 @each_data_set
 def test_the_real_images(name):
     if not (folder := real_data(name)):
         pytest.skip("needs the real images: set DATA_DIR")
-    data = load_data(recipe_of(name), Options(data=name, data_dir=folder))
+    data = load(name, data=name, data_dir=folder)
     first_and_last = {
         "cifar10": ("airplane", "truck"),
         "fashionmnist": ("T-shirt/top", "Ankle boot"),
@@ -200,8 +207,7 @@ def rows(images):
 
 @each_data_set
 def test_the_split_is_drawn_by_the_seed_and_does_not_overlap(name):
-    recipes = [replace(recipe_of(name), seed=seed) for seed in (0, 0, 1)]
-    first, again, other = (load_data(recipe, Options(data="shapes")) for recipe in recipes)
+    first, again, other = (load(name, data="shapes", seed=seed) for seed in (0, 0, 1))
     assert first.name == "shapes" and len(first.classes) == 10
     lengths = [len(part) for part in (first.train, first.val, first.test)]
     assert lengths == [COUNTS[name], 5_000, 10_000]
@@ -226,10 +232,35 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert len({tuple(order(seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (5, 0))}) == 3
 
 
+def test_a_limit_leaves_the_first_of_each_epochs_order():
+    whole, limited = EpochSampler(50, seed=3), EpochSampler(50, seed=3, first=20)
+    for epoch in range(3):
+        for sampler in (whole, limited):
+            sampler.set_epoch(epoch)
+        assert list(limited) == list(whole)[:20] and len(limited) == 20
+    train = replace(two_thousand("cifar10"), split="train")
+    for limit, batches in ((1.0, 500), (7, 7), (0.1, 50), (10**6, 500)):
+        loader = make_loader(train, options(limit_train_batches=limit))
+        assert len(loader) == len(list(loader)) == batches
+        count("limits")
+
+
+def test_what_was_trained_on_is_skipped_in_its_epoch_alone():
+    sampler = EpochSampler(50, seed=3)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    sampler.skip(1, 12)
+    assert list(sampler) == orders[1][12:]  # at once: loaders that load ahead do not wait
+    sampler.set_epoch(2)
+    assert list(sampler) == orders[2] and len(sampler) == 50
+
+
 def test_loaders_leave_the_global_generator_alone():
-    images = two_thousand("cifar10")
     before = torch.get_rng_state()
-    for loader in (train_loader(images, RECIPE, Options()), eval_loader(images, RECIPE, Options())):
+    for split in ("train", "val"):
+        loader = make_loader(replace(two_thousand("cifar10"), split=split), options())
         for batch, labels in loader:
             assert batch.shape[1:] == (3, 32, 32) and len(batch) == len(labels)
             break
@@ -240,18 +271,20 @@ def test_loaders_leave_the_global_generator_alone():
 
 
 def test_processes_share_the_global_batches(monkeypatch):
-    images = two_thousand("cifar10")
-    recipe = replace(RECIPE, batch_size=8)
-    whole = [labels for _, labels in train_loader(images, recipe, Options())]
-    evaluated = torch.cat([labels for _, labels in eval_loader(images, recipe, Options())])
+    args = options()
+    args.batch_size = 8
+
+    def labels_of(split):
+        loader = make_loader(replace(two_thousand("cifar10"), split=split), args)
+        return [labels for _, labels in loader]
+
+    whole, evaluated = labels_of("train"), torch.cat(labels_of("val"))
     shares, evals = [], []
     for rank in range(4):
         monkeypatch.setattr(data_module, "processes", lambda rank=rank: (rank, 4))
-        loader = train_loader(images, recipe, Options())
-        shares.append([labels for _, labels in loader])
+        shares.append(labels_of("train"))
         assert {len(labels) for labels in shares[-1]} == {2}
-        assert len(loader.sampler.handed_out[0]) == 2000  # what all have seen, not one process
-        evals.append(torch.cat([labels for _, labels in eval_loader(images, recipe, Options())]))
+        evals.append(torch.cat(labels_of("val")))
     for step, batch in enumerate(whole):
         together = torch.stack([share[step] for share in shares], dim=1).flatten()
         assert torch.equal(together, batch)
@@ -312,7 +345,7 @@ TITLES = {"cifar10": "CIFAR-10", "fashionmnist": "FashionMNIST"}
 
 @each_data_set
 def test_without_network_auto_draws_shapes_and_says_so(nobody_answers, name, tmp_path, capsys):
-    data = load_data(recipe_of(name), Options(data="auto", data_dir=tmp_path))
+    data = load(name, data="auto", data_dir=tmp_path)
     assert data.name == "shapes" and data.train.images.shape[1:] == FORMATS[name]
     said = capsys.readouterr()
     assert f"THIS IS NOT {TITLES[name]}." in said.err and "Data: shapes" in said.out
@@ -322,7 +355,7 @@ def test_without_network_auto_draws_shapes_and_says_so(nobody_answers, name, tmp
 @each_data_set
 def test_without_network_the_real_images_are_refused(nobody_answers, name, tmp_path):
     with pytest.raises(BadInput, match=f"^{TITLES[name]} is not in .* could not be downloaded"):
-        load_data(recipe_of(name), Options(data=name, data_dir=tmp_path))
+        load(name, data=name, data_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -332,18 +365,18 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch, tmp_path):
     answer = lambda *a, **k: silent.wait() and io.BytesIO()  # noqa: E731
     monkeypatch.setattr(download.urllib.request, "urlopen", answer)
     with pytest.raises(BadInput, match="gave no answer in"):
-        load_data(RECIPE, Options(data="cifar10", data_dir=tmp_path))
+        load(data="cifar10", data_dir=tmp_path)
     silent.set()  # only now: whoever waits for the server never comes here
 
 
 def test_shapes_never_look_for_anything(monkeypatch, tmp_path):
     monkeypatch.setattr(data_module, "read_real", lambda *a: pytest.fail("looked"))
-    assert load_data(RECIPE, Options(data="shapes", data_dir=tmp_path / "none")).name == "shapes"
+    assert load(data="shapes", data_dir=tmp_path / "none").name == "shapes"
 
 
 def test_a_folder_that_is_named_must_be_there(tmp_path):
     with pytest.raises(BadInput, match="is not there"):
-        load_data(RECIPE, Options(data_dir=tmp_path / "none"))
+        load(data_dir=tmp_path / "none")
 
 
 @each_data_set
@@ -354,7 +387,7 @@ def test_the_folder_of_the_files_themselves_is_refused(name, tmp_path):
     (folder / next(iter(real.files))).touch()
     right = re.escape(f"name the folder above it, '{tmp_path}', in which they lie as {real.folder}")
     with pytest.raises(BadInput, match=right):
-        load_data(recipe_of(name), Options(data_dir=folder))
+        load(name, data_dir=folder)
 
 
 @each_data_set
@@ -362,13 +395,18 @@ def test_the_real_images_are_here_where_their_folder_is(name, tmp_path):
     assert not download.is_here(tmp_path, name)
     (tmp_path / download.source(name).folder).mkdir(parents=True)
     assert download.is_here(tmp_path, name)
-    (other,) = LESSONS.keys() - {name}
+    (other,) = OURS.keys() - {name}
     assert not download.is_here(tmp_path, other)
+
+
+def test_another_data_set_is_refused():
+    with pytest.raises(BadInput, match="trains on cifar10, and --data fashionmnist"):
+        load(data="fashionmnist")
 
 
 def test_a_share_below_one_batch_is_refused():
     with pytest.raises(BadInput, match=r"--limit-val-batches 0\.01 is less"):
-        load_data(RECIPE, Options(data="shapes", limit_val_batches=0.01))
+        load(data="shapes", limit_val_batches=0.01)
 
 
 def md5(content):
@@ -448,7 +486,7 @@ DAMAGES = [
 @pytest.mark.parametrize("name, file, damage", DAMAGES)
 def test_a_damaged_file_is_named(made, name, file, damage, tmp_path):
     folder = made[0]
-    assert load_data(recipe_of(name), Options(data_dir=folder)).name == name
+    assert load(name, data_dir=folder).name == name
     path = folder / download.source(name).folder / file
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -459,7 +497,7 @@ def test_a_damaged_file_is_named(made, name, file, damage, tmp_path):
     else:
         path.unlink()
     with pytest.raises(BadInput, match=f"{file}.*missing, cut short or altered"):
-        load_data(recipe_of(name), Options(data_dir=folder))
+        load(name, data_dir=folder)
     count("damaged files")
 
 
@@ -476,7 +514,7 @@ def test_only_what_was_checked_is_unpickled(tmp_path):
     pickle.loads((folder / file).read_bytes())
     (tmp_path / "it ran").unlink()  # it does harm
     with pytest.raises(BadInput, match="altered"):
-        load_data(RECIPE, Options(data_dir=tmp_path))
+        load(data_dir=tmp_path)
     assert not (tmp_path / "it ran").exists()
 
 
@@ -515,7 +553,7 @@ def server(made, monkeypatch):
 def test_a_download_arrives_whole(name, made, server, tmp_path, capfd):
     folder, real = tmp_path / "data", download.source(name)
     folder.mkdir()
-    data = load_data(recipe_of(name), Options(data=name, data_dir=folder))
+    data = load(name, data=name, data_dir=folder)
     assert data.name == name and len(data.train) == 1_000 and len(data.test) == 1_200
     assert data.classes == (tuple(f"class {n}" for n in range(10)) if name == "cifar10"
                             else download.FASHION_CLASSES)  # fmt: skip
@@ -531,7 +569,7 @@ def test_a_download_arrives_whole(name, made, server, tmp_path, capfd):
 def test_a_download_that_breaks_off_leaves_nothing(name, made, server, tmp_path):
     server.cut = list(made[1])[-1]  # those before it arrive
     with pytest.raises(BadInput, match="the download broke off"):
-        load_data(recipe_of(name), Options(data=name, data_dir=tmp_path))
+        load(name, data=name, data_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
@@ -541,27 +579,26 @@ def test_only_the_missing_archives_are_downloaded(name, made, server, tmp_path):
     folder.mkdir()
     here, *missing = made[1]
     (folder / here).write_bytes(made[1][here])
-    assert load_data(recipe_of(name), Options(data=name, data_dir=folder)).name == name
+    assert load(name, data=name, data_dir=folder).name == name
     assert server.asked == set(missing)
     assert {path.name for path in folder.iterdir()} == {here, "FashionMNIST"}
 
 
 @each_data_set
 def test_an_archive_that_is_there_is_unpacked(name, made, nobody_answers, tmp_path):
-    folder, recipe = tmp_path / "data", recipe_of(name)
+    folder = tmp_path / "data"
     folder.mkdir()
     for archive, content in made[1].items():
         (folder / archive).write_bytes(content)
-    options = Options(data=name, data_dir=folder)
-    assert load_data(recipe, options).name == name
+    assert load(name, data=name, data_dir=folder).name == name
     shutil.rmtree(folder / download.source(name).folder)
     (folder / archive).write_bytes(content[:-1])
     with pytest.raises(BadInput, match=f"{archive}.*cut short or altered"):
-        load_data(recipe, options)
+        load(name, data=name, data_dir=folder)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is a folder that not even root can fill")
 @each_data_set
 def test_a_folder_that_cannot_be_written_to(nobody_answers, name):
     with pytest.raises(BadInput, match="nothing can be written there"):
-        load_data(recipe_of(name), Options(data=name, data_dir=Path("/proc")))
+        load(name, data=name, data_dir=Path("/proc"))

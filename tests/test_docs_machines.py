@@ -4,8 +4,8 @@ A normal run needs nothing but the repository's packages. The slow tests ask the
 they are looked for on the path, or fetched by uv; where neither works, the test says so.
 """
 
-from common import ROOT
-from common.options import parse_options
+from common import ROOT, SIDES
+from common.proof.parity import settings_of
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import SIDES, count, free_port
+from helpers import count, free_port
 
 PAGE = (ROOT / "docs" / "machines.md").read_text()
 FILES = {path.name: path for path in sorted((ROOT / "docs" / "machines").iterdir())}
@@ -132,12 +132,12 @@ def test_the_lesson_understands_slurms_command(side, submit, tmp_path, monkeypat
     assert words[place + 1] == f"{side}/parallel.py" and (ROOT / words[place + 1]).is_file()
     assert f"--cpus-per-task={option_of_sbatch('cpus-per-task')}" in words[:place]
     monkeypatch.chdir(tmp_path)  # where the lesson looks whether it can write
-    recipe, options = parse_options("parallel", [*words[place + 2 :], "--accelerator", "cpu"])
-    assert recipe.num_nodes == int(option_of_sbatch("nodes")) == 2
-    assert options.devices == int(option_of_sbatch("gres").partition(":")[2]) == 2
-    assert recipe.rdzv_endpoint == "node1:22345"
-    assert (recipe.ckpt_path, recipe.max_restarts, recipe.max_epochs) == ("last", 3, 7)
-    assert options.runs_dir == Path("runs/slurm-12345")
+    args = settings_of("parallel", [*words[place + 2 :], "--accelerator", "cpu"])
+    assert args.num_nodes == int(option_of_sbatch("nodes")) == 2
+    assert args.devices == int(option_of_sbatch("gres").partition(":")[2]) == 2
+    assert args.rdzv_endpoint == "node1:22345"
+    assert (args.ckpt_path, args.max_restarts, args.max_epochs) == ("last", 3, 7)
+    assert args.runs_dir == Path("runs/slurm-12345")
     count("command lines of clusters")
 
 
@@ -178,13 +178,13 @@ def test_the_lesson_understands_the_pods_command(role, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     words = [word.replace("/shared", str(tmp_path)) for word in command[2:]]
     assert words != command[2:] and "$" not in "".join(words)
-    recipe, options = parse_options("parallel", [*words, "--accelerator", "cpu"])
-    assert recipe.num_nodes == MASTER["replicas"] + WORKER["replicas"] == 2
+    args = settings_of("parallel", [*words, "--accelerator", "cpu"])
+    assert args.num_nodes == MASTER["replicas"] + WORKER["replicas"] == 2
     gpus = CONTAINER["resources"]["limits"]["nvidia.com/gpu"]
-    assert str(options.devices) == JOB["spec"]["nprocPerNode"] == gpus == "2"
-    assert recipe.rdzv_endpoint == "parallel-master-0:23456"
-    assert (recipe.ckpt_path, recipe.max_restarts) == ("last", 3)
-    assert options.data_dir == tmp_path and options.runs_dir == tmp_path / "runs"
+    assert str(args.devices) == JOB["spec"]["nprocPerNode"] == gpus == "2"
+    assert args.rdzv_endpoint == "parallel-master-0:23456"
+    assert (args.ckpt_path, args.max_restarts) == ("last", 3)
+    assert args.data_dir == tmp_path and args.runs_dir == tmp_path / "runs"
     count("command lines of clusters")
 
 
@@ -202,7 +202,7 @@ def test_every_option_exists():
     ended = subprocess.run(
         [sys.executable, "plain/parallel.py", "--help"], cwd=ROOT, capture_output=True, text=True
     )
-    lesson = set(re.findall(r"^  (--[a-z-]+)", ended.stdout, re.MULTILINE))
+    lesson = set(re.findall(r"--[a-z-]+", ended.stdout))
     tools = set(re.findall(r"^#SBATCH (--[a-z-]+)", SLURM, re.MULTILINE))
     tools |= {"--label", "--kill-on-bad-exit"}  # srun's
     tools |= {"--file", "--tag", "--filename", "--follow"}  # docker's and kubectl's
@@ -229,7 +229,7 @@ def test_what_the_page_explains_stands_in_the_files():
     assert option_of_sbatch("signal") == "B:USR1@120" and "120 seconds before" in PAGE
     assert "RESTART_COUNT:-0} < 10" in SLURM and "ten times at most" in PAGE
     assert JOB["spec"]["runPolicy"]["backoffLimit"] == 10
-    assert parse_options("parallel", ["--accelerator", "cpu"])[0].timeout == 300
+    assert settings_of("parallel", ["--accelerator", "cpu"]).timeout == 300
     for package in (*TOOLS.values(), KUBEFLOW):
         version = ".".join(package.partition("==")[2].split(".")[:3])
         assert version in PAGE, package

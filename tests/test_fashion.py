@@ -2,16 +2,16 @@
 
 from common import ROOT
 from common import data as data_module
-from common.data import Data, Images, eval_loader, load_data
+from common.data import Data, Images, load_images, make_loader
 from common.models import MLP
-from common.options import Options
-from common.parity import compare_results
-from common.recipes import RECIPES
+from common.proof.parity import compare_results
+from common.proof.sidebyside import cells
+from common.run import Options
 from common.shapes import CLASSES, draw_grey_shapes
-from common.sidebyside import cells
 
 import functools
 import re
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -22,11 +22,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 PAGE = (ROOT / "docs" / "fashion.md").read_text()
-RECIPE = RECIPES["fashion"]
+DATA = "fashionmnist"
 
 OF_ITS_OWN = (
-    "val_loader = eval_loader(data.val, recipe, options)",
-    "val_loader = torch.utils.data.DataLoader(data.val, 50, shuffle={}, collate_fn=lambda b: b)",
+    "make_loaders(data, args)\n",
+    "make_loaders(data, args)\n    val_loader = torch.utils.data.DataLoader("
+    "data.val, 50, shuffle={}, collate_fn=lambda b: b)\n",
 )
 CHANGES = {
     # name: (side, stage that must differ first, (old text, new text), ...)
@@ -37,26 +38,26 @@ CHANGES = {
     ),
     "a ReLU after the last layer": (
         "plain", "steps",
-        ("    start = fingerprints(", "    net.layers.append(torch.nn.ReLU())\n"
-         "    start = fingerprints("),
+        ("    net = MLP().to(device)\n", "    net = MLP().to(device)\n"
+         "    net.layers.append(torch.nn.ReLU())\n"),
     ),
-    "one-hot targets on one side": ("lightning", "steps", ("if recipe.one_hot:", "if True:")),
+    "one-hot targets on one side": ("lightning", "steps", ("if args.one_hot:", "if True:")),
     "no return loss": ("lightning", "steps", ("        return loss\n", "")),
     "a network of the module's own": (
-        "lightning", "steps",
-        ("self.losses = model, recipe, []", "self.losses = type(model)(), recipe, []"),
+        "lightning", "start",
+        ("self.model, self.lr = model", "self.model, self.lr = type(model)()"),
     ),
     "a validation loader that shuffles": (
         "plain", "random", (OF_ITS_OWN[0], OF_ITS_OWN[1].format(True)),
     ),
     "validated on the test images": (
-        "plain", "metrics", ("eval_loader(data.val,", "eval_loader(data.test,"),
+        "plain", "data", ("test_loop(model, val_loader,", "test_loop(model, test_loader,"),
     ),
     "divided by the number of batches": (
         "plain", "metrics",
         (".item() * len(labels)", ".item()"),
         ("return compute_metrics(total_loss,",
-         "total_loss *= confusion.sum().item() / count_batches(len(loader), limit)\n"
+         "total_loss *= confusion.sum().item() / len(loader)\n"
          "    return compute_metrics(total_loss,"),
     ),
 }  # fmt: skip
@@ -71,12 +72,17 @@ class WithReLU(MLP):
 
 
 @functools.cache
-def ten_thousand() -> tuple[str, tuple[str, ...], Images]:
+def ten_thousand() -> Images:
     """10,000 grey images: FashionMNIST's test images where DATA_DIR has them, else shapes."""
-    if folder := real_data(RECIPE.data):
-        data = load_data(RECIPE, Options(data="fashionmnist", data_dir=folder))
-        return data.name, data.classes, data.test
-    return "shapes", CLASSES, Images(*draw_grey_shapes(10_000, seed=3))
+    if folder := real_data(DATA):
+        return real_images(folder).test
+    return Images(*draw_grey_shapes(10_000, seed=3), name="shapes", classes=CLASSES)
+
+
+def real_images(folder) -> Data:
+    args = Options(data=DATA, data_dir=folder)
+    args.batch_size = 64
+    return load_images(DATA, args)
 
 
 # Enough for the network to tell all ten classes apart: 282 steps, 1.5 seconds.
@@ -85,21 +91,29 @@ LONGER = dict(lr=0.1, batch_size=64, max_epochs=6)
 
 @functools.cache
 def longer_data() -> Data:
-    name, classes, images = ten_thousand()
+    images = ten_thousand()
     lengths = [3000, 130, 1000, 10_000 - 4130]
     parts = zip(images.images.split(lengths), images.labels.split(lengths), strict=True)
-    return Data(name, classes, *[Images(*part) for part in parts][:3])
+    splits = zip(("train", "val", "test"), parts, strict=False)
+    return Data(*[replace(images, images=i, labels=n, split=split) for split, (i, n) in splits])
 
 
 def train_fashion(side, folder, monkeypatch, *changes, **settings):
-    """Train one side of the lesson on a few grey images; return the Run."""
+    """Train one side of the lesson on a few grey images; return its result."""
     settings = {"model": MLP, **settings}
     return train(side, folder, monkeypatch, *changes, lesson="fashion", **settings)
 
 
+def network_of(folder, side="plain", model=MLP):
+    """The trained network, from the weights.pt that the run left."""
+    net = model()
+    net.load_state_dict(torch.load(folder / "fashion" / side / "weights.pt", weights_only=True))
+    return net.eval()
+
+
 def measured(text: str) -> None:
     """Print a number for the page: pytest -s, and of its output the lines with `measured`."""
-    print(f"measured on {ten_thousand()[0]}: {text}")
+    print(f"measured on {ten_thousand().name}: {text}")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +126,7 @@ def monkeypatch_for_all():
 def unchanged(tmp_path_factory, monkeypatch_for_all):
     folder = tmp_path_factory.mktemp("unchanged")
     runs = {side: train_fashion(side, folder, monkeypatch_for_all) for side in SIDES}
-    assert compare_results(runs["plain"].result(), runs["lightning"].result()).agree
+    assert compare_results(runs["plain"], runs["lightning"]).agree
     return runs
 
 
@@ -120,12 +134,12 @@ def unchanged(tmp_path_factory, monkeypatch_for_all):
 def trained(tmp_path_factory, monkeypatch_for_all):
     """A network that gets most of the images right."""
     folder = tmp_path_factory.mktemp("trained")
-    return train_fashion("plain", folder, monkeypatch_for_all, **LONGER, data=longer_data()).model
+    train_fashion("plain", folder, monkeypatch_for_all, **LONGER, images=longer_data())
+    return network_of(folder)
 
 
 def test_the_network_is_the_tutorials():
     assert sum(parameter.numel() for parameter in MLP().parameters()) == 669_706
-    assert RECIPE.model is MLP
 
 
 # Targets.
@@ -139,8 +153,8 @@ def loss_and_gradients(net, images, targets):
 
 
 def test_one_hot_targets_give_the_same_gradients_and_the_loss_but_for_rounding():
-    one_hot = load_lesson("plain", "fashion").one_hot
-    _, _, images = ten_thousand()
+    one_hot = load_lesson("plain", "fashion").to_one_hot
+    images = ten_thousand()
     torch.manual_seed(0)
     net = MLP()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -165,57 +179,64 @@ def test_one_hot_targets_give_the_same_gradients_and_the_loss_but_for_rounding()
 def test_one_hot_is_for_training_alone_and_changes_no_weight(
     side, unchanged, tmp_path, monkeypatch
 ):
+    seen = {}
+    make = DataLoader.__init__
+
+    def noted(loader, images, *args, **kwargs):
+        seen[images.split] = images
+        make(loader, images, *args, **kwargs)
+
+    monkeypatch.setattr(DataLoader, "__init__", noted)
     run = train_fashion(side, tmp_path, monkeypatch, one_hot=True)
-    _, targets = run.data.train.__getitems__([0, 1, 2])
+    _, targets = seen["train"].__getitems__([0, 1, 2])
     assert targets.dtype == torch.float32 and targets.shape == (3, 10)
-    assert torch.equal(targets.argmax(1), run.data.train.labels[:3])
-    for images in (run.data.val, run.data.test):
-        assert torch.equal(images.__getitems__([0, 1, 2])[1], images.labels[:3])
-        assert images.labels.dtype == torch.int64
-    assert run.weights() == unchanged[side].weights()
-    assert run.test == unchanged[side].test
-    assert run.train_loss == pytest.approx(unchanged[side].train_loss, rel=1e-6)
-    assert run.train_loss != unchanged[side].train_loss
+    assert torch.equal(targets.argmax(1), seen["train"].labels[:3])
+    for split in ("val", "test"):
+        assert torch.equal(seen[split].__getitems__([0, 1, 2])[1], seen[split].labels[:3])
+        assert seen[split].labels.dtype == torch.int64
+    assert run["weights_sha256"] == unchanged[side]["weights_sha256"]
+    assert run["confusion_matrix"] == unchanged[side]["confusion_matrix"]
+    assert run["train_loss"] == pytest.approx(unchanged[side]["train_loss"], rel=1e-6)
+    assert run["train_loss"] != unchanged[side]["train_loss"]
 
 
 # A ReLU after the last layer.
 
 
-def dead(run: object) -> tuple[list[str], list[str]]:
+def dead(run, net, images) -> tuple[list[str], list[str]]:
     """The classes that a trained network never predicts, and those that get no gradient at all.
 
     The second are measured on all training images together, and their logits are 0 on every one.
     """
-    predicted = torch.tensor(run.test["confusion"]).sum(0)
-    images, labels = run.data.train.__getitems__(list(range(len(run.data.train))))
-    run.model.zero_grad()
-    logits = run.model(images)
+    predicted = torch.tensor(run["confusion_matrix"]).sum(0)
+    batch, labels = images.__getitems__(list(range(len(images))))
+    logits = net(batch)
     F.cross_entropy(logits, labels).backward()
-    last = [layer for layer in run.model.layers if isinstance(layer, nn.Linear)][-1]
+    last = [layer for layer in net.layers if isinstance(layer, nn.Linear)][-1]
     still = (last.weight.grad == 0).all(1) & (last.bias.grad == 0)
     assert (logits[:, still] == 0).all()
-    names = run.data.classes
     return (
-        [name for name, times in zip(names, predicted.tolist(), strict=True) if times == 0],
-        [name for name, stands in zip(names, still.tolist(), strict=True) if stands],
+        [name for name, times in zip(images.classes, predicted.tolist(), strict=True) if not times],
+        [name for name, stands in zip(images.classes, still.tolist(), strict=True) if stands],
     )
 
 
 def report(seed, relu, run, never, no_gradient):
     measured(
         f"seed {seed}, {'ReLU' if relu else 'none'} after the last layer: test accuracy "
-        f"{run.test['accuracy']:.2%}, never predicted: {', '.join(never) or 'none'}; "
+        f"{run['test_accuracy']:.2%}, never predicted: {', '.join(never) or 'none'}; "
         f"no gradient: {', '.join(no_gradient) or 'none'}"
     )
 
 
 def test_a_relu_after_the_last_layer_kills_classes(tmp_path, monkeypatch):
-    settings = dict(data=longer_data(), **LONGER)
+    settings = dict(images=longer_data(), **LONGER)
     without_gradient = 0
     for seed in range(3):
         for model in (MLP, WithReLU):
             run = train_fashion("plain", tmp_path, monkeypatch, model=model, seed=seed, **settings)
-            never, no_gradient = dead(run)
+            net = network_of(tmp_path, model=model)
+            never, no_gradient = dead(run, net, longer_data().train)
             report(seed, model is WithReLU, run, never, no_gradient)
             if model is MLP:
                 assert not never and not no_gradient
@@ -226,19 +247,19 @@ def test_a_relu_after_the_last_layer_kills_classes(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not real_data(RECIPE.data), reason="needs the real images: set DATA_DIR")
+@pytest.mark.skipif(not real_data(DATA), reason="needs the real images: set DATA_DIR")
 def test_a_relu_kills_classes_of_the_real_images(tmp_path, monkeypatch):
     """The lesson's default run, with and without the ReLU."""
-    data = load_data(RECIPE, Options(data="fashionmnist", data_dir=real_data(RECIPE.data)))
-    settings = dict(data=data, lr=RECIPE.lr, batch_size=RECIPE.batch_size, max_epochs=5)
+    data = real_images(real_data(DATA))
+    settings = dict(images=data, lr=1e-3, batch_size=64, max_epochs=5)
     for seed in range(5):
         accuracies = []
         for model in (MLP, WithReLU):
             run = train_fashion("plain", tmp_path, monkeypatch, model=model, seed=seed, **settings)
-            never, no_gradient = dead(run)
+            never, no_gradient = dead(run, network_of(tmp_path, model=model), data.train)
             report(seed, model is WithReLU, run, never, no_gradient)
             assert bool(never) is (model is WithReLU)
-            accuracies.append(run.test["accuracy"])
+            accuracies.append(run["test_accuracy"])
         assert accuracies[1] < accuracies[0] - 0.03
 
 
@@ -248,7 +269,7 @@ def test_a_relu_kills_classes_of_the_real_images(tmp_path, monkeypatch):
 def test_an_average_over_batches_is_not_the_average(trained, monkeypatch):
     """10,000 images are 156 batches of 64 and one of 16."""
     monkeypatch.setattr(data_module, "EVAL_BATCH_SIZE", 64)
-    _, _, images = ten_thousand()
+    images = ten_thousand()
     with torch.no_grad():
         batch, labels = images.__getitems__(list(range(10_000)))
         logits = trained(batch)
@@ -258,11 +279,12 @@ def test_an_average_over_batches_is_not_the_average(trained, monkeypatch):
     ]
     true = F.cross_entropy(logits.double(), labels).item()
     by_images, by_batches = sum(means) / 10_000, sum(means) / len(means)
-    loader = eval_loader(images, RECIPE, Options())
+    loader = make_loader(replace(images, split="test"), Options())
     assert len(means) == len(loader) == 157
 
-    plain = load_lesson("plain", "fashion").test_loop(trained, loader, 1.0, torch.device("cpu"))
-    module = load_lesson("lightning", "fashion").LitMLP(trained, RECIPE)
+    test_loop, cpu = load_lesson("plain", "fashion").test_loop, torch.device("cpu")
+    plain = test_loop(trained, loader, cpu, "test")
+    module = load_lesson("lightning", "fashion").LitMLP(trained, lr=1e-3)
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
@@ -270,18 +292,18 @@ def test_an_average_over_batches_is_not_the_average(trained, monkeypatch):
     (lightning,) = trainer.validate(module, loader, verbose=False)
     measured(
         f"test loss {true:.6f}; sum of the batch means divided by the images {by_images:.6f}, by "
-        f"the batches {by_batches:.6f}; test_loop {plain['loss']:.6f}, "
+        f"the batches {by_batches:.6f}; test_loop {plain['test_loss']:.6f}, "
         f"Trainer {lightning['val_loss']:.6f}"
     )
     assert true / by_images == pytest.approx(64, rel=0.02)
     assert abs(by_batches - true) > 1e-5 * true
-    assert plain["loss"] == pytest.approx(true, rel=1e-6)
+    assert plain["test_loss"] == pytest.approx(true, rel=1e-6)
     assert lightning["val_loss"] == pytest.approx(true, rel=1e-6)
 
 
 def test_the_best_on_the_test_images_is_not_as_good_as_it_looks():
     """Labels drawn by lot: no network can be right more often than in one of ten cases."""
-    _, _, images = ten_thousand()
+    images = ten_thousand()
     torch.manual_seed(0)
     batch, _ = images.__getitems__(list(range(10_000)))
     labels = torch.randint(0, 10, (10_000,))
@@ -313,11 +335,10 @@ def test_shuffled_validation_images_give_the_same_metrics_but_no_same_pictures(m
     images, cpu = small_data(lesson="fashion").val, torch.device("cpu")
     torch.manual_seed(0)
     net, test_loop = MLP(), load_lesson("plain", "fashion").test_loop
-    ordered = eval_loader(images, RECIPE, Options())
-    one, other = (test_loop(net, loader, 1.0, cpu) for loader in (ordered, of_its_own(images)))
-    assert one["confusion"] == other["confusion"]
-    assert one["accuracy"] == other["accuracy"] and one["f1"] == other["f1"]
-    assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+    ordered = make_loader(images, Options())
+    one, other = (test_loop(net, loader, cpu, "val") for loader in (ordered, of_its_own(images)))
+    assert one["val_accuracy"] == other["val_accuracy"] and one["val_f1"] == other["val_f1"]
+    assert one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-6)
     for loader, same in ((ordered, True), (of_its_own(images), False)):
         first, second = (next(iter(loader))[0][:32] for _ in range(2))
         assert torch.equal(first, second) is same
@@ -335,28 +356,34 @@ def test_a_validation_loader_of_its_own_changes_the_training(shuffle, tmp_path, 
         train_fashion("plain", tmp_path, monkeypatch, *changes, model=GreyNoisy)
         for changes in ([], [change])
     )
-    assert one.train_loss[:15] == other.train_loss[:15]  # the first epoch, before any validation
-    assert one.val[0]["confusion"] == other.val[0]["confusion"]
-    assert one.train_loss[15:] != other.train_loss[15:]
-    assert one.order == other.order  # it is the dropout that differs, not the batches
+    ours, theirs = one["train_loss"], other["train_loss"]
+    assert ours[:15] == theirs[:15]  # the first epoch, before any validation
+    assert one["val_accuracy"][0] == other["val_accuracy"][0]
+    assert ours[15:] != theirs[15:]
+    # It is the dropout that differs, not the batches.
+    assert one["fingerprints"]["data"] == other["fingerprints"]["data"]
 
     # The lesson's network draws nothing: there only the generator's state differs.
     other = train_fashion("plain", tmp_path, monkeypatch, change)
     one = train_fashion("plain", tmp_path, monkeypatch)
-    assert one.weights() == other.weights() and one.random != other.random
+    assert one["weights_sha256"] == other["weights_sha256"]
+    assert one["fingerprints"]["random"] != other["fingerprints"]["random"]
 
 
 # The order of a step.
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+ADAM = ("torch.optim.SGD(net.parameters(), lr=args.lr)", "torch.optim.Adam(net.parameters())")
+
+
+@pytest.mark.parametrize("optimizer", [(), (ADAM,)], ids=["sgd", "adam"])
 def test_gradients_may_be_cleared_before_or_after_the_step(optimizer, tmp_path, monkeypatch):
     first = (
         ("        optimizer.zero_grad()\n", ""),
         ("        loss = F.cross", "        optimizer.zero_grad()\n        loss = F.cross"),
     )
     one, other = (
-        train_fashion("plain", tmp_path, monkeypatch, *changes, optimizer=optimizer).result()
+        train_fashion("plain", tmp_path, monkeypatch, *changes, *optimizer)
         for changes in ((), first)
     )
     assert one["train_loss"] == other["train_loss"] and len(one["train_loss"]) == 30
@@ -376,7 +403,7 @@ def test_the_quoted_code_stands_in_the_lessons():
     quotes = re.findall(
         r"\[((?:plain|lightning)/\w+\.py)\]\(\.\./\1\):\n\n```python\n(.*?)```", PAGE, re.DOTALL
     )
-    assert len(quotes) == PAGE.count("```python") == 11
+    assert len(quotes) == PAGE.count("```python") == 10
     lines = 0
     for path, block in quotes:
         source = [line.strip() for line in (ROOT / path).read_text().splitlines()]
@@ -384,7 +411,7 @@ def test_the_quoted_code_stands_in_the_lessons():
         for line in block.splitlines():
             place = source.index(line.strip(), place) + 1  # in this order
             lines += 1
-    assert lines == 59
+    assert lines == 51
     count("lines of code on docs/fashion.md", lines)
 
 
@@ -405,7 +432,7 @@ def test_the_proof_holds_after_each_move(unchanged, tmp_path, monkeypatch):
     for move in moves():
         made += move
         run = train_fashion("plain", tmp_path, monkeypatch, *made)
-        comparison = compare_results(run.result(), unchanged["lightning"].result())
+        comparison = compare_results(run, unchanged["lightning"])
         assert comparison.agree, comparison.first_difference
         count("moves after which both sides agree")
 
@@ -413,9 +440,9 @@ def test_the_proof_holds_after_each_move(unchanged, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", some(CHANGES))
 def test_one_change_is_found(name, unchanged, tmp_path, monkeypatch):
     side, stage, *changes = CHANGES[name]
-    changed = train_fashion(side, tmp_path, monkeypatch, *changes).result()
+    changed = train_fashion(side, tmp_path, monkeypatch, *changes)
     (other,) = set(SIDES) - {side}
-    comparison = compare_results(changed, unchanged[other].result())
+    comparison = compare_results(changed, unchanged[other])
     assert comparison.first_difference.name == stage, comparison.first_difference
     count("negative controls")
 

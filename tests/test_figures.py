@@ -78,8 +78,7 @@ def test_the_images_are_drawn_pixel_by_pixel(lesson, monkeypatch):
 
 def test_what_draws_nothing_does_not_import_matplotlib():
     code = (
-        "import sys; from common import figures, runs\n"
-        "print({'matplotlib', 'PIL'} & {*sys.modules})"
+        "import sys; from common import figures, run\nprint({'matplotlib', 'PIL'} & {*sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr

@@ -1,16 +1,16 @@
 """What the lesson finetune and its page claim: frozen, unfrozen, pretrained, saved and loaded."""
 
-from common import ROOT, checkpoints, parity, runs
-from common import data as data_module
+from common import ROOT, checkpoints, pretrained
 from common.messages import BadInput
 from common.models import Net, Transfer
-from common.options import Options, parse_options
-from common.parity import compare_results
 from common.predict import main as predict
 from common.pretrained import load_pretrained
-from common.recipes import RECIPES, FinetuneRecipe
-from common.runs import fingerprints
-from common.sidebyside import cells
+from common.proof import parity, watch
+from common.proof.fingerprints import code_sha256, fingerprints, versions
+from common.proof.parity import compare_results
+from common.proof.sidebyside import cells
+from common.run import parse
+from common.run import run as run_lesson
 
 import hashlib
 import http.server
@@ -20,8 +20,8 @@ import pickle
 import re
 import sys
 import threading
+import typing
 import warnings
-from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +29,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SIDES, Noisy, count, load_lesson, small_data, some, train
+from helpers import SIDES, Noisy, arguments, count, load_lesson, small_data, some, train
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -37,7 +37,6 @@ from torchvision import models
 from torchvision.transforms.functional import to_pil_image
 
 PAGE = (ROOT / "docs" / "finetune.md").read_text()
-RECIPE = RECIPES["finetune"]
 HEAD = ["head.weight", "head.bias"]
 BACKBONE = [f"backbone.{name}" for name, _ in Noisy().backbone.named_parameters()]
 # Each backbone: its parameters with the head, those of the head, the name of its own last layer.
@@ -47,14 +46,16 @@ BACKBONES = {
     "mobilenet_v3_small": (1_528_106, 10_250, "classifier.3"),
 }
 
+OPTIMIZER = "torch.optim.SGD(net.head.parameters(), args.lr, args.momentum)"
+ADD_GROUP = '    optimizer.add_param_group({"params": list(backbone.parameters()), "lr": lr})\n'
+FROZEN = "    net.backbone.requires_grad_(False)\n"
 CHANGES = {
     # name: (side, stage that must differ first, (old text, new text), ...)
     "no backbone.eval while frozen": (
         "plain", "steps", ("        net.backbone.eval()\n", "        pass\n"),
     ),
     "no backbone.eval after Lightning's freeze": (
-        "lightning", "steps",
-        ("            module.model.backbone.eval()\n", "            pass\n"),
+        "lightning", "steps", ("            backbone.eval()\n", "            pass\n"),
     ),
     "dropout off, BatchNorm in train mode": (
         "plain", "steps",
@@ -63,32 +64,25 @@ CHANGES = {
          "            part.train('BatchNorm' in type(part).__name__)\n"),
     ),
     "no backbone.train after unfreezing": (
-        "lightning", "steps", ("            module.model.backbone.train()\n", ""),
+        "lightning", "steps", ("            backbone.train()\n", ""),
     ),
-    "the head's learning rate for the backbone": (
-        "plain", "steps", ("recipe.lr / 10", "recipe.lr"),
-    ),
+    "the head's learning rate for the backbone": ("plain", "steps", ("args.lr / 10", "args.lr")),
     "unfrozen one epoch late": (
-        "lightning", "steps", ("epoch == self.epoch:", "epoch == self.epoch + 1:"),
+        "lightning", "start", ("epoch == self.epoch:", "epoch == self.epoch + 1:"),
     ),
-    "no add_param_group": (
-        "plain", "steps",
-        ('    optimizer.add_param_group({"params": list(backbone.parameters()), "lr": lr})\n', ""),
-    ),
+    "no add_param_group": ("plain", "start", (ADD_GROUP, "")),
     "all weights to the optimizer": (
         "lightning", "steps", ("self.model.head.parameters()", "self.model.parameters()"),
     ),
     "all weights to the optimizer, none frozen": (
         "plain", "steps",
-        ("configure_optimizers(net.head, recipe)", "configure_optimizers(net, recipe)"),
-        ("    backbone.requires_grad_(False)\n", "    pass\n"),
-        ('    optimizer.add_param_group({"params": list(backbone.parameters()), "lr": lr})\n', ""),
+        (OPTIMIZER, OPTIMIZER.replace("net.head", "net")), (FROZEN, ""), (ADD_GROUP, ""),
     ),
     "a new optimizer at the unfreezing": (
         "plain", "steps",
-        ("            unfreeze(net.backbone, optimizer, recipe.lr / 10)\n",
-         "            optimizer = configure_optimizers(net.head, recipe)\n"
-         "            unfreeze(net.backbone, optimizer, recipe.lr / 10)\n"),
+        ("            unfreeze(net.backbone, optimizer, args.lr / 10)\n",
+         f"            optimizer = {OPTIMIZER}\n"
+         "            unfreeze(net.backbone, optimizer, args.lr / 10)\n"),
     ),
     "freeze's default, train_bn=True": (
         "lightning", "steps",
@@ -96,39 +90,44 @@ CHANGES = {
         ("self.model.head.parameters()", "[p for p in self.parameters() if p.requires_grad]"),
     ),
     "unfrozen without BatchNorm": (
-        "lightning", "steps", ("optimizer, self.lr)", "optimizer, self.lr, train_bn=False)"),
+        "lightning", "start", ("optimizer, self.lr)", "optimizer, self.lr, train_bn=False)"),
     ),
     "another new layer": (
-        "plain", "start",
-        ("    start = fingerprints(", "    net.head.reset_parameters()\n    start = fingerprints("),
+        "plain", "start", (FROZEN, FROZEN + "    net.head.reset_parameters()\n"),
     ),
     "unfrozen by requires_grad alone": (
         "lightning", "weights",
-        ("self.unfreeze_and_add_param_group(module.model.backbone, optimizer, self.lr)",
-         "module.model.backbone.requires_grad_(True)\n"
-         "            weights = list(module.model.backbone.parameters())\n"
+        ("self.unfreeze_and_add_param_group(backbone, optimizer, self.lr)",
+         "backbone.requires_grad_(True)\n"
+         "            weights = list(backbone.parameters())\n"
          "            optimizer.add_param_group({'params': weights, 'lr': self.lr})"),
     ),
     "the backbone's weights in another order": (
         "plain", "optimizer", ("list(backbone.parameters())", "list(backbone.parameters())[::-1]"),
     ),
-    "random weights called pretrained": (
-        "lightning", "decisions",
-        ('"weights at the start": weights', '"weights at the start": "imagenet"'),
+    "the checkpoint saved before the last epoch": (
+        "plain", "checkpoints",
+        ("save(path, net, optimizer, args.max_epochs, steps, args)",
+         "save(path, net, optimizer, args.max_epochs - 1, steps, args)"),
+    ),
+    "one weight of the head, one unit in the last place": (
+        "plain", "start",
+        (FROZEN, FROZEN + "    w = net.head.weight.data.flatten()\n"
+         "    i = w.abs().argmax()\n    w[i] = torch.nextafter(w[i], torch.tensor(9.0))\n"),
     ),
 }  # fmt: skip
 
 # Changes that change no number, and what there is to say about each.
 HARMLESS = {
     # The optimizer has the head alone, and eval does the rest: it only costs time and memory.
-    "gradients not frozen": ("plain", ("    backbone.requires_grad_(False)\n", "    pass\n")),
+    "gradients not frozen": ("plain", (FROZEN, "")),
     # unfreeze_and_add_param_group then takes a tenth of the first group's.
     "the learning rate left to Lightning": ("lightning", ("optimizer, self.lr)", "optimizer)")),
     # The Trainer keeps the modes that it finds, but it warns of them.
     "eval before the training": (
         "lightning",
         ("        self.freeze(", "        module.model.backbone.eval()\n        self.freeze("),
-        ("            module.model.backbone.eval()\n", "            pass\n"),
+        ("            backbone.eval()\n", "            pass\n"),
     ),
 }  # fmt: skip
 
@@ -141,9 +140,9 @@ def equal(a, b):
 def both(tmp_path, monkeypatch, **settings):
     """Train both sides; they must agree."""
     runs = [train(side, tmp_path, monkeypatch, lesson="finetune", **settings) for side in SIDES]
-    comparison = compare_results(*(run.result() for run in runs))
+    comparison = compare_results(*runs)
     assert comparison.agree, comparison.first_difference
-    assert runs[0].weights() == runs[1].weights()  # weights.pt, byte for byte
+    assert runs[0]["weights_sha256"] == runs[1]["weights_sha256"]  # weights.pt, byte for byte
     count("pairs of fine-tunings, bit for bit")
     return runs
 
@@ -151,13 +150,15 @@ def both(tmp_path, monkeypatch, **settings):
 # Frozen means frozen.
 
 
-def watch(side, tmp_path, monkeypatch, **settings):
-    """Train one side; return the Run, and what the backbone was and did in each step."""
-    nets, seen, steps = [], {}, []
+def watched(side, tmp_path, monkeypatch, **settings):
+    """Train one side; return the result, what it began with, and what the backbone did in each
+    step."""
+    nets, start, seen, steps = [], {}, {}, []
 
     def before_forward(module, args):
         if isinstance(module, Noisy):
             nets[:] = [module]
+            start.update(start or fingerprints(module.state_dict()))
 
     def after_forward(module, args, output):
         if not torch.is_grad_enabled():
@@ -189,7 +190,8 @@ def watch(side, tmp_path, monkeypatch, **settings):
         register_optimizer_step_post_hook(after_step),
     ]
     try:
-        return train(side, tmp_path, monkeypatch, lesson="finetune", **settings), steps
+        run = train(side, tmp_path, monkeypatch, lesson="finetune", **settings)
+        return run, start, steps
     finally:
         for hook in hooks:
             hook.remove()
@@ -198,10 +200,10 @@ def watch(side, tmp_path, monkeypatch, **settings):
 @pytest.mark.parametrize("first", [0, 1, 2])
 @pytest.mark.parametrize("side", SIDES)
 def test_frozen_means_frozen_until_it_is_unfrozen(side, first, tmp_path, monkeypatch):
-    run, steps = watch(side, tmp_path, monkeypatch, unfreeze_at_epoch=first, lr=0.03)
+    run, begun, steps = watched(side, tmp_path, monkeypatch, unfreeze_at_epoch=first, lr=0.03)
     start = {
         name.removeprefix("backbone."): value
-        for name, value in run.start.items()
+        for name, value in begun.items()
         if name.startswith("backbone.")
     }
     assert len(steps) == 30 and len(start) == 7
@@ -215,30 +217,29 @@ def test_frozen_means_frozen_until_it_is_unfrozen(side, first, tmp_path, monkeyp
         assert step["dropped"] and step["batch's averages"] and all(step["gradients"])
         assert step["groups"] == [(0.03, HEAD), (0.03 / 10, BACKBONE)]
         count("unfrozen steps")
-    # The next step moves everything; the bias before BatchNorm, whose gradient is 0 but for
-    # rounding, may take longer.
+    # The next step moves everything but, perhaps, the bias before BatchNorm: its gradient is 0 but
+    # for rounding, and on some processors it stays 0.
     before = start
     for step in free:
         same = {name for name in before if step["state"][name] == before[name]}
         assert same <= {"0.bias"}, same
         before = step["state"]
-    # In the end: as at the start, or all of it is another.
-    end = fingerprints(run.model.backbone.state_dict())
+    end = fingerprints(run.net.backbone.state_dict())
     assert end == steps[-1]["state"]
-    assert [name for name in start if end[name] != start[name]] == (list(start) if free else [])
-    batches_seen = run.model.backbone[1].num_batches_tracked.item()
+    moved = {name for name in start if end[name] != start[name]}
+    assert moved | {"0.bias"} == set(start) if free else not moved
+    batches_seen = run.net.backbone[1].num_batches_tracked.item()
     assert batches_seen == len(free)
-    assert fingerprints(run.model.head.state_dict())["weight"] != run.start["head.weight"]
+    assert fingerprints(run.net.head.state_dict())["weight"] != begun["head.weight"]
 
 
 def test_the_second_group_is_the_same_on_both_sides(tmp_path, monkeypatch):
-    for optimizer in ("sgd", "adam"):
-        runs = both(tmp_path, monkeypatch, optimizer=optimizer, lr=0.007, limit_train_batches=3)
-        groups = [run.optimizer.param_groups for run in runs]
-        for ours, theirs in zip(*groups, strict=True):
-            assert len(ours.pop("params")) == len(theirs.pop("params"))
-            assert ours == theirs
-        assert [group["lr"] for group in groups[0]] == [0.007, 0.007 / 10]
+    runs = both(tmp_path, monkeypatch, lr=0.007, limit_train_batches=3)
+    groups = [run.optimizer.param_groups for run in runs]
+    for ours, theirs in zip(*groups, strict=True):
+        assert len(ours.pop("params")) == len(theirs.pop("params"))
+        assert ours == theirs
+    assert [group["lr"] for group in groups[0]] == [0.007, 0.007 / 10]
 
 
 # What goes wrong otherwise.
@@ -248,11 +249,11 @@ def test_the_second_group_is_the_same_on_both_sides(tmp_path, monkeypatch):
 def unchanged(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         runs = both(tmp_path_factory.mktemp("unchanged"), monkeypatch)
-    return {run.side: run.result() for run in runs}
+    return {run["side"]: run for run in runs}
 
 
 def compare_changed(side, changes, unchanged, tmp_path, monkeypatch):
-    changed = train(side, tmp_path, monkeypatch, *changes, lesson="finetune").result()
+    changed = train(side, tmp_path, monkeypatch, *changes, lesson="finetune")
     (other,) = set(SIDES) - {side}
     return compare_results(changed, unchanged[other]).first_difference
 
@@ -269,7 +270,7 @@ def test_one_change_is_found(name, unchanged, tmp_path, monkeypatch):
 def test_there_are_enough_changes():
     assert len(CHANGES) >= 16
     stages = {stage for _, stage, *_ in CHANGES.values()}
-    assert stages == {"start", "steps", "weights", "optimizer", "decisions"}
+    assert stages == {"start", "steps", "weights", "optimizer", "checkpoints"}
     assert {side for side, *_ in CHANGES.values()} == set(SIDES)
 
 
@@ -287,7 +288,7 @@ def test_some_changes_change_no_number(name, unchanged, tmp_path, monkeypatch):
 
 def test_no_weight_may_be_in_two_groups(tmp_path, monkeypatch):
     """The plain side of "all weights to the optimizer": PyTorch itself refuses."""
-    change = ("configure_optimizers(net.head, recipe)", "configure_optimizers(net, recipe)")
+    change = (OPTIMIZER, OPTIMIZER.replace("net.head", "net"))
     with pytest.raises(ValueError, match="more than one parameter group"):
         train("plain", tmp_path, monkeypatch, change, lesson="finetune")
 
@@ -330,8 +331,8 @@ def test_the_callback_freezes_again_for_the_test(tmp_path, monkeypatch):
     runs = both(tmp_path, monkeypatch, limit_train_batches=2)
     ends = {}
     for run in runs:
-        weights = [weight.requires_grad for weight in run.model.backbone.parameters()]
-        ends[run.side] = {*weights, run.model.backbone[1].track_running_stats}
+        weights = [weight.requires_grad for weight in run.net.backbone.parameters()]
+        ends[run["side"]] = {*weights, run.net.backbone[1].track_running_stats}
     assert ends == {"plain": {True}, "lightning": {False}}
 
 
@@ -557,18 +558,14 @@ def real_runs(weights_file, tmp_path_factory):
 def test_both_sides_begin_with_the_pretrained_weights(real_runs, weights_file):
     theirs = fingerprints(torch.load(weights_file))
     for run in real_runs[1]:
-        assert run.decisions == {
-            "backbone": "mobilenet_v3_small",
-            "weights at the start": "imagenet",
-        }
-        kinds = {type(part).__name__ for part in run.model.modules()}
+        start, end = run["fingerprints"]["start"], run["fingerprints"]["weights"]
+        kinds = {type(part).__name__ for part in run.net.modules()}
         assert {"BatchNorm2d", "Dropout"} <= kinds
-        assert len(run.train_loss) == 4 and len(run.start) == 244
-        for name, value in run.start.items():
+        assert len(run["train_loss"]) == 4 and len(start) == 142  # parameters, without buffers
+        for name, value in start.items():
             if name.startswith("backbone."):
                 assert value == theirs[name.removeprefix("backbone.")]
-        end = fingerprints(run.model.state_dict())
-        assert sum(end[name] != run.start[name] for name in end) > 200
+        assert sum(end[name] != start[name] for name in start) > 120
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -593,18 +590,16 @@ def trained(tmp_path_factory):
             run = train(side, base, monkeypatch, lesson="finetune", seed=seed,
                         max_epochs=1, unfreeze_at_epoch=0)  # fmt: skip
             folder = base / "finetune" / side
-            (folder / "weights.pt").write_bytes(run.weights())
             files = {"last.ckpt": folder / "checkpoints" / "last.ckpt",
                      "weights.pt": folder / "weights.pt"}  # fmt: skip
-            found[side] = run.model.state_dict(), files
+            found[side] = run.net.state_dict(), files
     assert not equal(found["plain"][0], found["lightning"][0])
     return found
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"optimizer": "adam"}, {"max_steps": 15}, {"max_steps": 20}, {"max_steps": 7},
-     {"unfreeze_at_epoch": 2}],
+    [{}, {"max_epochs": 1}, {"limit_train_batches": 7}, {"unfreeze_at_epoch": 2}],
     ids=str,
 )  # fmt: skip
 def test_every_key_of_both_checkpoints(settings, tmp_path, monkeypatch):
@@ -621,8 +616,9 @@ def test_every_key_of_both_checkpoints(settings, tmp_path, monkeypatch):
     assert equal(lightning["state_dict"], weights)
     for name in ("epoch", "global_step", "hyper_parameters"):
         assert plain[name] == lightning[name], name
-    steps = settings.get("max_steps", 30)
-    assert plain["global_step"] == steps and plain["epoch"] == -(-steps // 15)
+    epochs = settings.get("max_epochs", 2)
+    assert plain["epoch"] == epochs
+    assert plain["global_step"] == epochs * settings.get("limit_train_batches", 15)
     (ours,), (theirs,) = plain["optimizer_states"], lightning["optimizer_states"]
     assert ours["param_groups"] == theirs["param_groups"]
     assert ours["state"].keys() == theirs["state"].keys() and len(ours["state"]) > 0
@@ -643,7 +639,8 @@ def test_each_side_loads_what_either_wrote(file, written_by, side, trained, tmp_
     weights, files = trained[written_by]
     net = Noisy()
     lesson = load_lesson(side, "finetune")
-    assert lesson.load(net, files[file]) == f"of {files[file]}"
+    monkeypatch.setattr(lesson, "Transfer", lambda backbone: net)
+    assert lesson.make_network(lesson.Args(start_from=files[file])) is net
     assert equal(net.state_dict(), weights)
     count("files loaded across the sides")
 
@@ -652,11 +649,11 @@ def test_each_side_loads_what_either_wrote(file, written_by, side, trained, tmp_
 @pytest.mark.parametrize("file", ["last.ckpt", "weights.pt"])
 def test_both_sides_start_from_what_either_wrote(file, written_by, trained, tmp_path, monkeypatch):
     weights, files = trained[written_by]
-    path = str(files[file])
-    for run in both(tmp_path, monkeypatch, start_from=path, limit_train_batches=3):
-        assert run.start == fingerprints(weights)
-        assert run.decisions["weights at the start"] == f"of {path}"
-        assert run.result()["hyperparameters"]["start_from"].startswith(f"{path}, sha256 ")
+    path, begun = files[file], fingerprints(weights)
+    for result in both(tmp_path, monkeypatch, start_from=path, limit_train_batches=3):
+        start = result["fingerprints"]["start"]
+        assert start == {name: begun[name] for name in start} and len(start) == 6
+        assert result["hyperparameters"]["start_from"].startswith(f"{path}, sha256 ")
     count("starts from the other side's file" if file == "last.ckpt" else "starts from weights.pt")
 
 
@@ -693,13 +690,14 @@ def test_the_prefix_taken_off_by_hand(trained):
 def test_the_plain_checkpoint_in_the_module(trained):
     weights, files = trained["plain"]
     lesson = load_lesson("lightning", "finetune")
-    settings = dict(recipe=RECIPE, path=files["last.ckpt"], LitFinetune=lesson.LitFinetune)
+    args = lesson.Args()
+    settings = dict(args=args, path=files["last.ckpt"], LitFinetune=lesson.LitFinetune)
     # Neither way that belongs to the module takes it.
     with pytest.raises(KeyError, match="pytorch-lightning_version"):
-        lesson.LitFinetune.load_from_checkpoint(files["last.ckpt"], model=Noisy(), recipe=RECIPE)
+        lesson.LitFinetune.load_from_checkpoint(files["last.ckpt"], model=Noisy(), args=args)
     with pytest.raises(RuntimeError, match=r'Missing key.*"model\.backbone'):
         state = torch.load(files["last.ckpt"])["state_dict"]
-        lesson.LitFinetune(Noisy(), RECIPE).load_state_dict(state)
+        lesson.LitFinetune(Noisy(), args).load_state_dict(state)
     module = run_block("module.model.load_state_dict", net=Noisy(), **settings)["module"]
     assert equal(module.model.state_dict(), weights)
 
@@ -707,11 +705,13 @@ def test_the_plain_checkpoint_in_the_module(trained):
 def test_load_from_checkpoint(trained):
     weights, files = trained["lightning"]
     lesson, net = load_lesson("lightning", "finetune"), Noisy()
-    settings = dict(recipe=RECIPE, path=files["last.ckpt"], LitFinetune=lesson.LitFinetune)
+    args = lesson.Args()
+    settings = dict(args=args, path=files["last.ckpt"], LitFinetune=lesson.LitFinetune)
     module = run_block("load_from_checkpoint", net=net, **settings)["module"]
     assert module.model is net and equal(net.state_dict(), weights)
-    assert module.hparams["lesson"] == "finetune" and len(module.hparams["classes"]) == 10
-    assert module.recipe is RECIPE
+    assert module.hparams["momentum"] == 0.9
+    stored = torch.load(files["last.ckpt"])["hyper_parameters"]
+    assert stored["lesson"] == "finetune" and len(stored["classes"]) == 10
 
 
 class Settings(L.LightningModule):
@@ -774,7 +774,7 @@ def test_strict_false_loads_nothing_and_says_nothing(trained, tmp_path):
     torch.save(content, path)
     lesson = load_lesson("lightning", "finetune")
     with pytest.warns(UserWarning, match="in the model state dict but not in the checkpoint"):
-        lesson.LitFinetune.load_from_checkpoint(path, model=net, recipe=RECIPE, strict=False)
+        lesson.LitFinetune.load_from_checkpoint(path, model=net, args=lesson.Args(), strict=False)
     assert fingerprints(net.state_dict()) == before
 
 
@@ -886,11 +886,12 @@ def test_a_bad_file_ends_with_one_sentence(name, side, tmp_path, monkeypatch, ca
     kept.parent.mkdir(parents=True)
     kept.write_text("an earlier result")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data_module, "load_data", lambda *a: small_data(lesson="finetune"))
+    module = load_lesson(side, "finetune")
+    monkeypatch.setattr(module, "load_images", lambda *a: small_data(lesson="finetune"))
     arguments = ["--backbone", "mobilenet_v3_small", "--accelerator", "cpu"]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments, "--start-from", "start.ckpt"])
     with pytest.raises(SystemExit) as exit_:
-        load_lesson(side, "finetune").main()
+        run_lesson(module.main, module.Args)
     assert exit_.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("error: the checkpoint 'start.ckpt' ") and said.count("\n") == 1, said
@@ -944,8 +945,8 @@ def test_batchnorm_cannot_train_on_one_picture(name):
 
 
 def test_these_are_all_backbones():
-    (own,) = [own for own in fields(FinetuneRecipe) if own.name == "backbone"]
-    assert own.metadata["choices"] == tuple(BACKBONES)
+    hints = typing.get_type_hints(load_lesson("plain", "finetune").Args)
+    assert typing.get_args(hints["backbone"]) == tuple(BACKBONES)
 
 
 # The page.
@@ -993,9 +994,10 @@ def test_the_options_of_the_page_are_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = re.findall(r'make \w+-finetune ARGS="([^"]+)"', PAGE)
     assert len(found) >= 4
-    for arguments in found:
-        recipe, _ = parse_options("finetune", arguments.split())
-        assert recipe != RECIPE
+    for typed in found:
+        module = load_lesson("plain", "finetune")
+        args = parse(module.Args, ROOT / "plain" / "finetune.py", typed.split())
+        assert args != module.Args()
 
 
 def test_links_and_tests_that_the_page_names_are_there():
@@ -1014,8 +1016,9 @@ def test_a_batch_of_one_image_is_refused(side, tmp_path, monkeypatch, capsys):
             ["finetune.py", "--data", "shapes", "--backbone", "resnet18", "--batch-size", size,
              "--runs-dir", str(tmp_path)],
         )  # fmt: skip
+        module = load_lesson(side, "finetune")
         with pytest.raises(SystemExit) as exit_:
-            load_lesson(side, "finetune").main()
+            run_lesson(module.main, module.Args)
         said = capsys.readouterr().err
         assert exit_.value.code == 2 and said.count("\n") == 1
         assert f"--batch-size {size} makes a batch of one image" in said
@@ -1030,25 +1033,34 @@ def test_parity_does_not_start_from_what_it_moves_away(tmp_path):
 
 def test_another_start_file_of_the_same_name_makes_another_run(tmp_path):
     start = tmp_path / "start.ckpt"
-    recipe = replace(RECIPE, start_from=str(start))
     found = []
     for content in (b"one", b"two"):
         start.write_bytes(content)
-        found.append(runs.hyperparameters(recipe, Options())["start_from"])
+        args = settings_of(tmp_path, start_from=start)
+        found.append(watch.hyperparameters(args)["start_from"])
     assert found[0] != found[1] and all(str(start) in text for text in found)
 
 
-def test_random_weights_that_stood_in_are_not_reused(monkeypatch):
-    recipe = replace(RECIPE, weights="auto")
+def settings_of(runs_dir, **settings):
+    return arguments(load_lesson("plain", "finetune"), "plain", "finetune", runs_dir, **settings)
+
+
+def test_random_weights_that_stood_in_are_not_reused(weights_file, tmp_path, monkeypatch):
+    args = settings_of(tmp_path, weights="auto", backbone="mobilenet_v3_small")
+    path = tmp_path / "finetune" / "plain" / "result.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
     result = {
         "data": "cifar10",
-        "decisions": {"weights at the start": "random"},
-        "seed": recipe.seed,
-        "hyperparameters": runs.hyperparameters(recipe, Options()),
-        "versions": runs.versions(),
+        "seed": args.seed,
+        "hyperparameters": watch.hyperparameters(args),
+        "versions": versions(),
         "threads": 1,
-        "code_sha256": runs.code_sha256("plain"),
+        "code_sha256": code_sha256("plain"),
     }
-    for here in (False, True):
-        monkeypatch.setattr(parity.pretrained, "is_here", lambda backbone, here=here: here)
-        assert parity._is_of(result, "plain", recipe, Options()) is not here
+    come = tmp_path / weights_file.name
+    monkeypatch.setattr(pretrained, "_place", lambda backbone: ("", come))
+    assert parity._is_of(result, "plain", args)
+    come.write_bytes(b"the pretrained weights, which came later")
+    os.utime(path, (1, 1))
+    assert not parity._is_of(result, "plain", args)

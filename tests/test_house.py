@@ -1,8 +1,8 @@
 """What holds for the whole repository: the library's name, twins, independence, lengths."""
 
 from common import ROOT
-from common.recipes import RECIPES
-from common.sidebyside import cells
+from common.networks import NETWORKS
+from common.proof.sidebyside import cells
 
 import ast
 import re
@@ -33,23 +33,60 @@ def test_lightning_is_always_the_library(folder):
 
 def test_twins_have_the_same_cells():
     for name in lessons():
-        titles = [list(cells((ROOT / side / f"{name}.py").read_text())) for side in SIDES]
-        assert titles[0] == titles[1] and len(titles[0]) >= 6
+        parts = [cells((ROOT / side / f"{name}.py").read_text()) for side in SIDES]
+        assert list(parts[0]) == list(parts[1]) and len(parts[0]) >= 5
+        # Every number of a lesson stands in this cell, and is the same on both sides.
+        assert parts[0]["Hyperparameters"] == parts[1]["Hyperparameters"]
         count("pairs with the same cells")
-    assert len(lessons()) == len(RECIPES) >= 4 and set(lessons()) == set(RECIPES)
+    assert set(lessons()) == {network.lesson for network in NETWORKS} and len(lessons()) >= 8
 
 
 def test_lessons_can_be_read_side_by_side():
     for path in scripts():
-        lines = path.read_text().splitlines()
+        text = path.read_text()
+        lines = text.splitlines()
         assert len(lines) <= 150, f"{path} has {len(lines)} lines"
-        assert max(map(len, lines)) <= 100, path
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
+        assert max(map(len, lines)) <= 88, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.name != "main":
                 assert node.end_lineno - node.lineno < 40, f"{path}: {node.name} is too long"
         # A comment that teaches stands on its own line, so that it can be left out.
         assert not [line for line in lines if re.search(r"\S.*#:", line)], path
+        assert text.endswith('if __name__ == "__main__":\n    run(main, Args)\n'), path
         count("scripts measured")
+
+
+# What exists for the proof, the command line or the tests, and not for the training.
+MACHINERY = (
+    "common.proof", "samebits", "fingerprint", "perf_counter", "time.time", "sha256",
+    "losses.append", "self.losses", "handed_out", "argparse", "tyro", "recipe", "evidence",
+    "islice",
+)  # fmt: skip
+
+
+def test_no_lesson_carries_the_proofs_machinery():
+    for path in scripts():
+        text = path.read_text()
+        found = [word for word in MACHINERY if word in text]
+        # The epoch's mean of what callbacks logs is a training's own number.
+        if path == ROOT / "plain" / "callbacks.py":
+            assert found == ["losses.append"]
+        else:
+            assert found == [], f"{path} has {found}"
+        count("scripts without machinery")
+    assert len(scripts()) == 2 * len(lessons()) >= 16
+
+
+def test_a_lesson_imports_what_takes_no_time():
+    """A run starts at once: what is needed in a lesson's end alone is not imported before it."""
+    program = (
+        "import sys, runpy; sys.path.insert(0, 'plain'); runpy.run_path('plain/cifar.py');"
+        "print({'torchvision', 'matplotlib', 'rich', 'tyro', 'PIL'} & {*sys.modules})"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.stdout.strip() == "set()", ended.stdout + ended.stderr
 
 
 def imported(path):

@@ -91,14 +91,15 @@ class Command:
 class Place:
     """The folder and the processes of one test, which are known by an environment variable."""
 
-    def __init__(self, folder, bytecode):
+    def __init__(self, folder):
         self.folder, self.commands = folder, 0
         self.env = {
             name: value
             for name, value in os.environ.items()
             # As typed by hand: neither make's flags nor conftest's, and no warning about SLURM.
+            # What Python compiles is kept: the next start is ready in half the time.
             if not name.startswith(("MAKE", "MFL", "OMP_", "PYTHONDONTWRITE"))
-        } | {"TEST_PLACE": str(folder), "PYTHONPYCACHEPREFIX": str(bytecode)}
+        } | {"TEST_PLACE": str(folder)}
 
     def start(self, *words, machine=None, env=()):
         name = machine.name if machine else "here"
@@ -255,15 +256,9 @@ def no_namespaces():
     return ""
 
 
-@pytest.fixture(scope="session")
-def bytecode(tmp_path_factory):
-    """Where Python keeps what it compiled: in a third of the time the next start is ready."""
-    return tmp_path_factory.mktemp("bytecode")
-
-
 @pytest.fixture
-def place(tmp_path, bytecode):
-    place = Place(tmp_path, bytecode)
+def place(tmp_path):
+    place = Place(tmp_path)
     yield place
     left = place.wait_for_nobody()
     place.kill()
@@ -301,12 +296,12 @@ def machines(place):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory, bytecode):
+def undisturbed(tmp_path_factory):
     """The folder of a training with these options on one machine, which nothing disturbed."""
 
     @functools.cache
     def train(side, *options, devices=2):
-        place = Place(tmp_path_factory.mktemp("undisturbed"), bytecode)
+        place = Place(tmp_path_factory.mktemp("undisturbed"))
         arguments = " ".join((*options, "--runs-dir", str(place.folder / "runs")))
         # By make, as it is typed.
         command = place.start("make", f"{side}-parallel", f"DEVICES={devices}", f"ARGS={arguments}")
@@ -331,7 +326,7 @@ def check_same(folder, reference):
     check_same_weights(folder, reference)
     ours, theirs = (json.loads((f / "result.json").read_text()) for f in (folder, reference))
     for result in (ours, theirs):  # how long it took, and on how many machines
-        del result["train_seconds"], result["test_seconds"]
+        del result["train_seconds"]
         del result["hyperparameters"]["devices"], result["hyperparameters"]["num_nodes"]
     assert ours == theirs
 
@@ -340,13 +335,13 @@ def check_printed_once(stdout):
     """Of all processes, only the first one says what all would say."""
     for text in ("Starting: torchrun ", "Data: shapes", "parallel: test on shapes", "Written to "):
         assert stdout.count(text) == 1, stdout
-    for epoch in range(3):
-        assert stdout.count(f"Epoch {epoch}, validation") == 1, stdout
 
 
 def test_two_processes_by_make(undisturbed):
     folder, stdout = undisturbed("plain", *SHORT)
     check_printed_once(stdout)
+    for epoch in range(3):  # what the loop by hand prints, the first process prints
+        assert stdout.count(f"Epoch {epoch}: val_loss") == 1, stdout
     assert json.loads((folder / "result.json").read_text())["hyperparameters"]["devices"] == 2
 
 
@@ -430,7 +425,7 @@ def test_torchrun_typed_by_hand(place, undisturbed):
     check_same(place.run_folder("plain"), undisturbed("plain", *SHORT)[0])
 
 
-# ---- Killed, and carried on
+# ---- Killed, and resumed
 
 
 # After which checkpoint, how many seconds later, and when the machine is set up again. torchrun
@@ -474,9 +469,9 @@ def _kill_and_set_up_again(network, side, checkpoint, later, pause, quiet):
     again = network.train(side, *options, only=network.two)
     one.finishes()
     again.finishes()
-    # Whoever is the first carries on; what it printed tells from where.
+    # Whoever is the first resumes; what it printed tells from where.
     said = one.stdout + again.stdout
-    assert said.count("Carrying on from") == 1, said
+    assert said.count("Resuming from") == 1, said
     assert f"after step {400 * checkpoint:,}." in said, said
     place.check_files(side)
     count("killed machines that came back")
@@ -489,7 +484,7 @@ def test_process_killed_and_started_again(place, undisturbed, side, rank):
     place.wait_for_checkpoints(side, 1, command)
     place.process(rank).signal(signal.SIGKILL)
     command.finishes()
-    assert "Carrying on from" in command.stdout, command.said()
+    assert "Resuming from" in command.stdout, command.said()
     check_same(place.run_folder(side), undisturbed(side, *LONG)[0])
     count("killed processes that came back")
 
@@ -508,7 +503,7 @@ def test_meeting_point_killed(machines, undisturbed, side):
     one, two = machines.train(side, *LONG, "--ckpt-path", "last")
     one.finishes()
     two.finishes()
-    assert "Carrying on from" in one.stdout
+    assert "Resuming from" in one.stdout
     check_same(place.run_folder(side), undisturbed(side, *LONG)[0])
 
 
@@ -680,11 +675,11 @@ def test_data_missing_on_one_machine(network):
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("restarts", ["0", "3"])
 def test_damaged_checkpoint(place, side, restarts):
-    """Said by the one process that reads it, and not tried again."""
+    """Said by the one process that reads it."""
     damaged = place.folder / "damaged.ckpt"
     damaged.write_bytes(b"PK\x03\x04 and no more")
     options = ("--devices", "2", *SHORT, "--max-restarts", restarts)
     command = place.train(side, *options, "--ckpt-path", str(damaged))
     sentence = command.sentence(2)
     assert f"the checkpoint '{damaged}' is cut short or altered" in sentence
-    assert command.stdout.count("Data: shapes") == 1, "tried again"
+    assert "Data: shapes" not in command.stdout and not place.run_folder(side).exists()

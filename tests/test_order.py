@@ -1,9 +1,11 @@
 """The recorded order of a step: equal on both sides, in every precision, and nothing is changed."""
 
-from common import SIDES, order
-from common import data as data_module
+from common import SIDES
 from common.messages import BadInput, clear_messages
-from common.order import WITH_SCALER, difference, last_step, record, recorded, settings
+from common.models import NormNet
+from common.proof import order
+from common.proof.evidence import Evidence
+from common.proof.order import WITH_SCALER, difference, last_step, record, recorded, settings
 
 import contextlib
 import functools
@@ -11,17 +13,16 @@ import inspect
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Noisy, count, load_lesson, small_data
+from helpers import count, give, load_lesson, small_data
 
 FORWARD = ["autocast on", "forward pass", "compute the loss", "autocast off"]
 BACKWARD = ["scale the loss up", "backward pass"]
 # One step of two batches, the second half of it where it is logged.
 STEP = [*FORWARD, "clear the gradients", *BACKWARD, *FORWARD, *BACKWARD, "scale gradients down"]
-STEP += ["measure gradients", "clip their norm", "measure gradients", "update if all is finite"]
+STEP += ["measure gradients", "clip their norm", "update if all is finite"]
 STEP += ["update the weights", "adjust the scale", "move the schedule on", "update the average"]
 HALF = ("autocast on", "autocast off")
 SCALER = (
@@ -42,25 +43,28 @@ def images():
     return small_data(lesson="optimize")
 
 
-def prepared(side, precision, folder, *changes):
-    """The side's lesson, with few images and a small network, and how to run it."""
+def prepared(side, precision, folder, monkeypatch, *changes):
+    """The side's lesson, with few images, and the Args with which it is recorded."""
     if side == "lightning" and precision == "16-mixed":
         changes = (*changes, WITH_SCALER)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_module, "load_data", lambda recipe, options: images())
-        lesson = load_lesson(side, "optimize", *changes)
-    recipe, options = settings(precision)
-    return lesson, replace(recipe, model=Noisy), replace(options, runs_dir=folder)
+    lesson = load_lesson(side, "optimize", *changes)
+    give(lesson, images(), NormNet, "optimize", monkeypatch)
+    args = settings(lesson, side, precision)
+    args.runs_dir = folder
+    return lesson, args
 
 
 @pytest.fixture(scope="module")
 def orders(tmp_path_factory):
     """What each side calls in each precision, recorded once."""
-    return {
-        (side, precision): record(*prepared(side, precision, tmp_path_factory.mktemp("runs")))
-        for side in SIDES
-        for precision in LEFT_OUT
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        return {
+            (side, precision): record(
+                *prepared(side, precision, tmp_path_factory.mktemp("runs"), patch)
+            )
+            for side in SIDES
+            for precision in LEFT_OUT
+        }
 
 
 @pytest.mark.parametrize("precision", LEFT_OUT)
@@ -77,7 +81,7 @@ def test_both_sides_call_the_same_in_the_same_order(orders, precision):
 
 def test_who_calls(orders):
     plain, lightning = (last_step(orders[side, "16-mixed"]) for side in SIDES)
-    assert {call.caller for call in plain} == {"train_epoch", "grad_norm"}
+    assert {call.caller for call in plain} == {"main"}
     # What the learner still writes, and what the Trainer does.
     own = [call for call in lightning if "Lightning's" not in call.caller]
     assert set(names(own)) == {"forward pass", "compute the loss", "measure gradients"}
@@ -85,41 +89,53 @@ def test_who_calls(orders):
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_recording_changes_no_number_and_no_function(side, tmp_path):
-    lesson, *how = prepared(side, "16-mixed", tmp_path)
+def test_recording_changes_no_number_and_no_function(side, tmp_path, monkeypatch):
     functions = [f for *_, some in order.WATCHED.values() for f in some]
     places = [(inspect.getmodule(f), f.__qualname__.split(".")) for f in functions]
 
     def found():
         return [functools.reduce(getattr, path, module) for module, path in places]
 
+    def evidence():
+        """Of one training; each with Args of its own, since they begin a folder."""
+        lesson, args = prepared(side, "16-mixed", tmp_path, monkeypatch)
+        with Evidence() as seen:
+            net = lesson.main(args)
+        return seen.found(net)
+
     # Before the comparison: PyTorch itself wraps SGD.step when the first SGD is made.
-    unrecorded = lesson.run(*how)
+    unrecorded = evidence()
+    lesson, _ = prepared(side, "16-mixed", tmp_path, monkeypatch)
     before = found(), dict(vars(lesson)), sys.getprofile()
     assert len(before[0]) >= 18
-    with recorded(lesson, Noisy) as calls:
+    with recorded(lesson, NormNet) as calls:
         assert (found(), dict(vars(lesson))) == before[:2]
-        run = lesson.run(*how)
+        assert sys.getprofile() not in (None, before[2])
     assert (found(), dict(vars(lesson)), sys.getprofile()) == before
-    assert len(calls) > 40 and run.train_loss == unrecorded.train_loss
-    assert run.weights() == unrecorded.weights()
-    assert run.result()["fingerprints"] == unrecorded.result()["fingerprints"]
-    assert run.result()["fingerprints"]["start"] != run.result()["fingerprints"]["weights"]
+    assert calls == []
+    lesson.args = settings(lesson, side, "16-mixed")
+    lesson.args.runs_dir = tmp_path
+    with Evidence() as seen, recorded(lesson, NormNet) as calls:
+        net = lesson.main(lesson.args)
+    again = seen.found(net)
+    assert len(calls) > 40 and again["train_loss"] == unrecorded["train_loss"]
+    assert again["fingerprints"] == unrecorded["fingerprints"]
+    assert again["fingerprints"]["start"] != again["fingerprints"]["weights"]
 
 
-def test_an_error_ends_the_recording(tmp_path):
-    lesson, *_ = prepared("plain", "32-true", tmp_path)
+def test_an_error_ends_the_recording():
+    lesson = load_lesson("plain", "optimize")
     before = sys.getprofile()
-    with contextlib.suppress(ZeroDivisionError), recorded(lesson, Noisy):
+    with contextlib.suppress(ZeroDivisionError), recorded(lesson, NormNet):
         assert sys.getprofile() not in (None, before)
         raise ZeroDivisionError
     assert sys.getprofile() == before
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_an_update_is_recorded_where_the_weights_change(optimizer, tmp_path):
+def test_an_update_is_recorded_where_the_weights_change(optimizer):
     """Also where the forward and the backward pass are in a closure, as Lightning has them."""
-    lesson, *_ = prepared("plain", "32-true", tmp_path)
+    lesson = load_lesson("plain", "optimize")
     weight = torch.nn.Parameter(torch.ones(1))
     seen = []
 
@@ -127,23 +143,23 @@ def test_an_update_is_recorded_where_the_weights_change(optimizer, tmp_path):
         (weight**2).sum().backward()
         seen.append(weight.item())
 
-    with recorded(lesson, Noisy) as calls:
+    with recorded(lesson, NormNet) as calls:
         optimizer([weight], lr=0.1).step(closure)
     assert names(calls) == ["backward pass", "update the weights"]
     assert seen == [1.0] and weight.item() < 1
 
 
-CLIP = """        if recipe.gradient_clip_val:
-            CLIP[recipe.gradient_clip_algorithm](parameters, recipe.gradient_clip_val)
+CLIP = """            if args.gradient_clip_val:
+                clips[args.gradient_clip_algorithm](parameters, args.gradient_clip_val)
 """
-UNSCALE = "        t.scaler.unscale_(t.optimizer)\n"
-CLEAR = "        if batch % group == 0:\n            t.optimizer.zero_grad()\n"
-AUTOCAST = "        with t.autocast:\n            loss ="
-BACK = "        t.scaler.scale(loss).backward()\n"
-UPDATE = "        t.scaler.step(t.optimizer)\n"
-MOVE = (
-    '        if recipe.moves_on == "step":\n            t.scheduler.step()\n        if recipe.ema'
-)
+UNSCALE = "            scaler.unscale_(optimizer)\n"
+CLEAR = "            if batch % group == 0:\n                optimizer.zero_grad()\n"
+AUTOCAST = "            with autocast:\n                loss ="
+BACK = "            scaler.scale(loss * weight / group).backward()\n"
+UPDATE = "            scaler.step(optimizer)\n"
+MOVE = """            if args.interval == "step" and args.schedule != "plateau":
+                schedule.step()
+"""
 WRONG = {
     "clipped before unscale": (
         [(CLIP, ""), (UNSCALE, CLIP + UNSCALE)],
@@ -162,32 +178,32 @@ WRONG = {
         "call 12: plain 'clear the gradients', lightning 'scale the loss up'",
     ),
     "backward under autocast": (
-        [(BACK, f"        with t.autocast:\n    {BACK}")],
+        [(BACK, f"            with autocast:\n    {BACK}")],
         "call 6: plain 'autocast on', lightning 'scale the loss up'",
     ),
     "schedule before the update": (
-        [(MOVE, "        if recipe.ema"), (UPDATE, "        t.scheduler.step()\n" + UPDATE)],
+        [(MOVE, ""), (UPDATE, "            schedule.step()\n" + UPDATE)],
         "call 16: plain 'move the schedule on', lightning 'update if all is finite'",
     ),
     "no average": (
-        [("if recipe.ema_decay:\n            update", "if False:\n            update")],
+        [("if args.ema_decay:\n                update", "if False:\n                update")],
         "call 20: plain 'autocast on', lightning 'update the average'",
     ),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_order_is_found_and_named(orders, wrong, tmp_path):
+def test_a_wrong_order_is_found_and_named(orders, wrong, tmp_path, monkeypatch):
     changes, first = WRONG[wrong]
-    calls = record(*prepared("plain", "16-mixed", tmp_path, *changes))
+    calls = record(*prepared("plain", "16-mixed", tmp_path, monkeypatch, *changes))
     assert difference(calls, orders["lightning", "16-mixed"]) == first
     count("changed orders, each told by its first call")
 
 
-def test_a_wrong_order_of_the_other_side_is_found(orders, tmp_path):
+def test_a_wrong_order_of_the_other_side_is_found(orders, tmp_path, monkeypatch):
     hook = "    def on_before_optimizer_step(self, optimizer):\n"
     changed = (hook, hook + "        self.lr_schedulers().step()\n")
-    calls = record(*prepared("lightning", "16-mixed", tmp_path, changed))
+    calls = record(*prepared("lightning", "16-mixed", tmp_path, monkeypatch, changed))
     assert difference(orders["plain", "16-mixed"], calls) == (
         "call 15: plain 'clip their norm', lightning 'move the schedule on'"
     )
@@ -208,7 +224,7 @@ def test_the_picture_shows_both_orders_and_what_differs(orders):
         (axis,) = order.draw(*both).axes
         texts = [text.get_text() for text in axis.texts]
         assert all(texts.count(name) >= 2 * STEP.count(name) for name in STEP[:-1])
-        assert {"plain", "lightning", "batch 1", "batch 2", "22"} <= set(texts)
+        assert {"plain", "lightning", "batch 1", "batch 2", f"{len(STEP)}"} <= set(texts)
         assert len(axis.patches) == len(both[0]) + len(both[1])
         return [patch.get_edgecolor()[:3] for patch in axis.patches].count((1, 0, 0))
 
@@ -247,7 +263,7 @@ def test_the_command_says_equal_and_writes_the_picture(found, tmp_path, capsys):
     picture = tmp_path / "new" / "order.png"
     assert order.main(["--picture", str(picture)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("equal") == 3 and "16-mixed: equal, 42 calls in two steps." in printed
+    assert printed.count("equal") == 3 and "16-mixed: equal, 41 calls in two steps." in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in picture.parent.iterdir()] == ["order.png"]
 
@@ -270,7 +286,7 @@ def test_the_command_says_that_a_side_broke_off(monkeypatch):
 @pytest.mark.slow
 def test_the_whole_command_leaves_nothing_behind(tmp_path):
     picture = tmp_path / "order.png"
-    command = [sys.executable, "-m", "common.order", "--picture", str(picture)]
+    command = [sys.executable, "-m", "common.proof.order", "--picture", str(picture)]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -1,11 +1,10 @@
 """One picture, classified by checkpoints of both sides: the same answer, or one sentence."""
 
 from common import checkpoints, predict
-from common.data import PIXELS, Images
+from common.data import Images
 from common.messages import BadInput, clear_messages
 from common.models import Net, Transfer
-from common.recipes import RECIPES
-from common.runs import finish
+from common.networks import NETWORKS, TO_ONE
 from common.shapes import CLASSES, draw_grey_shapes
 
 import json
@@ -18,9 +17,14 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from helpers import SIDES, count, some_images, train
+from helpers import SIDES, count, lessons, some_images, train
 from PIL import Image
 from test_checkpoints import SETTINGS, equal, trained, write_all
+
+# One network of each lesson. VGG16 has half a gigabyte: mobilenet_v3_small stands for finetune.
+OF_LESSON = {network.lesson: network for network in reversed(NETWORKS)} | {
+    network.lesson: network for network in NETWORKS if network.choice == "mobilenet_v3_small"
+}
 
 
 @pytest.fixture
@@ -55,7 +59,7 @@ def test_checkpoints_of_both_sides_answer_alike(tmp_path, cat, capsys):
     paths = write_all(tmp_path)
     _, net = trained()
     with torch.no_grad():
-        shares = net(predict.picture(cat, RECIPES["cifar"])).softmax(1)[0]
+        shares = net(predict.picture(cat, OF_LESSON["cifar"])).softmax(1)[0]
     said = {form: answer(capsys, path, cat) for form, path in paths.items()}
     assert said["plain"] == said["lightning"] and said["bare"] == said["parallel"]
     rows = re.findall(r"│ (\S.*?) +│ +(\S+)% │", said["plain"])
@@ -77,35 +81,34 @@ def test_checkpoints_of_both_sides_answer_alike(tmp_path, cat, capsys):
 def test_weights_of_a_real_run(side, tmp_path, monkeypatch, capsys):
     """weights.pt knows no names: result.json beside it does."""
     run = train(side, tmp_path, monkeypatch, model=Net)
-    finish(run)
     capsys.readouterr()
-    name, classes, images = some_images()
+    images = some_images()
     path = tmp_path / "one.png"
     Image.fromarray(images.images[7].permute(1, 2, 0).numpy()).save(path)
-    inputs = Images(images.images, images.labels, PIXELS["signed"]).__getitems__([7])[0]
+    inputs = Images(images.images, images.labels, TO_ONE).__getitems__([7])[0]
+    weights = tmp_path / "cifar" / side / "weights.pt"
+    net = Net()
+    net.load_state_dict(torch.load(weights, weights_only=True))
     with torch.no_grad():
-        shares = run.model(inputs).softmax(1)[0]
-    said = answer(capsys, tmp_path / "cifar" / side / "weights.pt", path)
-    best = f"{classes[shares.argmax()]}, {shares.max():.1%}. The network was trained on {name}."
+        shares = net(inputs).softmax(1)[0]
+    said = answer(capsys, weights, path)
+    best = f"{images.classes[shares.argmax()]}, {shares.max():.1%}"
+    best += f". The network was trained on {run['data']}."
     assert f"Most likely: {best}\n" in said and "unknown" not in said
 
 
-NETWORKS = {lesson: recipe.model for lesson, recipe in RECIPES.items()}
-NETWORKS["finetune"] = lambda: Transfer("mobilenet_v3_small")  # vgg16 has half a gigabyte
-
-
-@pytest.mark.parametrize("lesson", RECIPES)
+@pytest.mark.parametrize("lesson", OF_LESSON)
 def test_every_lesson(lesson, tmp_path, cat, capsys):
     torch.manual_seed(0)
-    net = NETWORKS[lesson]().eval()
+    net = OF_LESSON[lesson].make().eval()
     settings = {"lesson": lesson, "data": "shapes", "classes": list(CLASSES)}
     checkpoints.save(
         tmp_path / "x.ckpt", {"state_dict": net.state_dict(), "hyper_parameters": settings}
     )
     said = answer(capsys, tmp_path / "x.ckpt", cat)
-    assert f"{lesson}: cat.png" in said
+    assert f"{lesson}: cat.png" in said and len(OF_LESSON) == len(lessons())
     with torch.no_grad():
-        output = net(predict.picture(cat, RECIPES[lesson]))[0]
+        output = net(predict.picture(cat, OF_LESSON[lesson]))[0]
     # Some give log-probabilities, the others logits.
     shares = output.exp() if lesson in ("callbacks", "resume") else output.softmax(0)
     assert shares.sum().item() == pytest.approx(1)
@@ -187,14 +190,14 @@ def test_names_are_no_markup(tmp_path, cat, capsys):
 
 def test_a_picture_of_the_data_set_is_seen_as_in_training(tmp_path):
     grey = Images(*draw_grey_shapes(20, seed=3))
-    for lesson, images in (("cifar", some_images()[2]), ("fashion", grey), ("finetune", None)):
-        images, recipe = images or some_images()[2], RECIPES[lesson]
-        seen = Images(images.images, images.labels, PIXELS[recipe.pixels])
+    for lesson, images in (("cifar", some_images()), ("fashion", grey), ("finetune", None)):
+        images, network = images or some_images(), OF_LESSON[lesson]
+        seen = Images(images.images, images.labels, network.normalize)
         for number in range(20):
             pixels = images.images[number].permute(1, 2, 0).squeeze().numpy()
             Image.fromarray(pixels).save(tmp_path / "one.png")
             wanted = seen.__getitems__([number])[0]
-            assert equal(predict.picture(tmp_path / "one.png", recipe), wanted)
+            assert equal(predict.picture(tmp_path / "one.png", network), wanted)
             count("pictures seen as in training")
 
 
@@ -202,7 +205,7 @@ def test_a_picture_of_the_data_set_is_seen_as_in_training(tmp_path):
 @pytest.mark.parametrize("lesson", ["cifar", "fashion"])
 def test_every_size(size, lesson, tmp_path):
     Image.new("RGB", size, (200, 200, 200)).save(tmp_path / "one.png")
-    seen = predict.picture(tmp_path / "one.png", RECIPES[lesson])
+    seen = predict.picture(tmp_path / "one.png", OF_LESSON[lesson])
     shape, grey = {"cifar": ((1, 3, 32, 32), 0.568627), "fashion": ((1, 1, 28, 28), 0.784314)}[
         lesson
     ]
@@ -232,7 +235,7 @@ def test_every_mode(mode, lesson, tmp_path):
             picture.save(file, "PNG")
         except OSError:  # which does not know every mode
             picture.save(file, "TIFF")
-    seen = predict.picture(path, RECIPES[lesson])
+    seen = predict.picture(path, OF_LESSON[lesson])
     middle = seen.shape[3] // 2
     low, high = {"cifar": (-1, 1), "fashion": (0, 1)}[lesson]
     assert (seen[..., : middle - 2] - low).abs().max() < 0.03
@@ -243,7 +246,7 @@ def test_every_mode(mode, lesson, tmp_path):
 def test_sixteen_bits_keep_their_greys(tmp_path):
     pixels = np.linspace(0, 65535, 28 * 28).astype(np.uint16).reshape(28, 28)
     Image.fromarray(pixels).save(tmp_path / "one.png")
-    seen = predict.picture(tmp_path / "one.png", RECIPES["fashion"])[0, 0]
+    seen = predict.picture(tmp_path / "one.png", OF_LESSON["fashion"])[0, 0]
     assert torch.equal(seen * 255, torch.from_numpy((pixels // 256).astype(np.float32)))
 
 
@@ -251,7 +254,7 @@ def test_what_is_transparent_is_white(tmp_path):
     picture = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
     picture.paste((255, 0, 0, 255), (0, 0, 16, 32))
     picture.save(tmp_path / "one.png")
-    seen = predict.picture(tmp_path / "one.png", RECIPES["cifar"])[0]
+    seen = predict.picture(tmp_path / "one.png", OF_LESSON["cifar"])[0]
     assert seen[:, 5, 5].tolist() == [1, -1, -1] and seen[:, 5, 25].tolist() == [1, 1, 1]
 
 
@@ -261,7 +264,7 @@ def test_a_photo_is_turned_as_the_camera_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # taken with the camera upside down
     picture.save(tmp_path / "one.png", exif=exif)
-    seen = predict.picture(tmp_path / "one.png", RECIPES["cifar"])[0, 0]
+    seen = predict.picture(tmp_path / "one.png", OF_LESSON["cifar"])[0, 0]
     assert (seen[:15] == -1).all() and (seen[17:] == 1).all()
 
 
@@ -270,7 +273,7 @@ def test_what_the_camera_wrote_wrongly_is_not_complained_of(tmp_path, cat, recwa
     with Image.open(tmp_path / "one.jpg") as picture:
         picture.getexif()
     assert "Corrupt EXIF data" in str(recwarn.pop().message)
-    predict.picture(tmp_path / "one.jpg", RECIPES["cifar"])
+    predict.picture(tmp_path / "one.jpg", OF_LESSON["cifar"])
     assert not recwarn.list
 
 
@@ -278,7 +281,7 @@ def test_the_middle_square_is_what_counts(tmp_path):
     picture = Image.new("L", (96, 32))
     picture.paste(255, (32, 0, 64, 32))
     picture.save(tmp_path / "one.png")
-    assert (predict.picture(tmp_path / "one.png", RECIPES["cifar"]) == 1).all()
+    assert (predict.picture(tmp_path / "one.png", OF_LESSON["cifar"]) == 1).all()
 
 
 def test_shrinking_averages(tmp_path):
@@ -286,7 +289,7 @@ def test_shrinking_averages(tmp_path):
     pixels = np.zeros((320, 320), np.uint8)
     pixels[:, ::2] = 255
     Image.fromarray(pixels).save(tmp_path / "one.png")
-    seen = predict.picture(tmp_path / "one.png", RECIPES["cifar"])
+    seen = predict.picture(tmp_path / "one.png", OF_LESSON["cifar"])
     assert seen.abs().max() < 0.1
 
 
@@ -328,7 +331,7 @@ def test_pictures_that_are_refused(tmp_path, cat, recwarn):
     refused(path, bad, expected=["has 32 bits for each pixel; save it as PNG"])
     for format_ in ("JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"):
         Image.open(cat).save(bad, format_)
-        assert predict.picture(bad, RECIPES["cifar"]).shape == (1, 3, 32, 32)
+        assert predict.picture(bad, OF_LESSON["cifar"]).shape == (1, 3, 32, 32)
         whole = bad.read_bytes()
         for part in (0.2, 0.6, 0.9):
             bad.write_bytes(whole[: int(part * len(whole))])

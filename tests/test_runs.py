@@ -1,9 +1,12 @@
 """What a run computes and leaves behind."""
 
-from common import runs
+from common import figures, folders, run
+from common.data import count_batches
+from common.folders import FILES
+from common.messages import BadInput
 from common.models import Net
-from common.options import Options, count_batches, default_threads
-from common.runs import FILES, finish
+from common.proof import fingerprints, watch
+from common.run import default_threads
 
 import hashlib
 import json
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics.functional.classification as tm
-from helpers import SIDES, count, load_lesson, small_data, train
+from helpers import SIDES, arguments, count, give, load_lesson, small_data, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,16 +28,15 @@ def test_metrics_by_hand_equal_torchmetrics(pairs):
     """Also where classes are absent from the truth, from the predictions, or from both."""
     truth, predicted = torch.tensor(pairs).T
     confusion = torch.bincount(10 * truth + predicted, minlength=100).reshape(10, 10)
-    ours = METRICS(2.5 * len(pairs), confusion)
+    ours = METRICS(2.5 * len(pairs), confusion, "test")
     close = dict(rel=1e-6, abs=1e-7)
-    assert ours["confusion"] == tm.multiclass_confusion_matrix(predicted, truth, 10).tolist()
+    assert torch.equal(confusion, tm.multiclass_confusion_matrix(predicted, truth, 10))
     for name, theirs in {
         "accuracy": tm.multiclass_accuracy(predicted, truth, 10, average="micro"),
         "f1": tm.multiclass_f1_score(predicted, truth, 10, average="macro"),
-        "accuracy_per_class": tm.multiclass_accuracy(predicted, truth, 10, average="none"),
     }.items():
-        assert ours[name] == pytest.approx(theirs.tolist(), **close), name
-    assert ours["loss"] == 2.5
+        assert ours[f"test_{name}"] == pytest.approx(theirs.item(), **close), name
+    assert ours["test_loss"] == 2.5
 
 
 METRICS = load_lesson("plain", "cifar").compute_metrics
@@ -64,16 +66,21 @@ def test_threads_follow_the_batch():
 
 @pytest.mark.parametrize("side", SIDES)
 def test_files(side, tmp_path, monkeypatch, capsys):
-    run = train(side, tmp_path, monkeypatch, model=Net)
-    finish(run)
+    draw = figures.draw
+    module = load_lesson(side, "cifar")
+    give(module, small_data(), Net, "cifar", monkeypatch)
+    monkeypatch.setattr(figures, "draw", draw)
+    args = arguments(module, side, "cifar", tmp_path)
+    returned = watch.watch(module.main, args)
+    watch.show(returned, args)
     folder = tmp_path / "cifar" / side
-    assert {path.name for path in folder.iterdir()} == set(FILES)
+    assert {path.name for path in folder.iterdir()} - {"hparams.yaml"} == set(FILES)
     result = json.loads((folder / "result.json").read_text())
-    assert result == json.loads(json.dumps(run.result()))
+    assert result == json.loads(json.dumps(returned))
     for key in """
         lesson side data seed hyperparameters versions device threads train_loss val_loss
         val_accuracy val_f1 test_loss test_accuracy test_f1 test_accuracy_per_class
-        confusion_matrix train_seconds test_seconds weights_sha256
+        confusion_matrix checkpoints train_seconds weights_sha256
     """.split():
         assert key in result, key
     assert result["side"] == side and result["threads"] == 1 and result["device"] == "cpu"
@@ -108,6 +115,15 @@ def test_files(side, tmp_path, monkeypatch, capsys):
             count("pictures")
 
 
+def test_a_network_that_was_not_tested_is_noticed(tmp_path, monkeypatch, capsys):
+    """The runner tests what main returns once more: another network than the logged one shows."""
+    module = load_lesson("plain", "cifar", ("    return net\n", "    return Net()\n"))
+    give(module, small_data(train=600), Net, "cifar", monkeypatch)
+    args = arguments(module, "plain", "cifar", tmp_path, max_epochs=3, lr=0.01)
+    watch.show(watch.watch(module.main, args), args)
+    assert "it is not the one that was tested" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, DataParallel really splits")
 def test_dataparallel_leaves_no_prefix(tmp_path, monkeypatch):
     """On a machine without GPU, DataParallel hands everything through: the wrapping is the same."""
@@ -119,19 +135,21 @@ def test_dataparallel_leaves_no_prefix(tmp_path, monkeypatch):
         "__init__",
         lambda self, *a, **k: wrapped.append(1) or original(self, *a, **k),
     )
+    monkeypatch.setattr(run, "_check_devices", lambda args: None)  # there is one, at most
     two = train("plain", tmp_path, monkeypatch, devices=2)
     assert wrapped == [1]
-    assert list(one.model.state_dict()) == list(two.model.state_dict())
-    assert one.result()["weights_sha256"] == two.result()["weights_sha256"]
+    assert one["fingerprints"]["weights"] == two["fingerprints"]["weights"]
+    assert one["weights_sha256"] == two["weights_sha256"]
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_a_loss_that_is_no_number_ends_well(side, tmp_path, monkeypatch, capsys):
     """Too large a learning rate, which newcomers try: a result, and a sentence that says so."""
-    finish(train(side, tmp_path, monkeypatch, lr=1e30, model=Net))
-    folder = tmp_path / "cifar" / side
-    assert {path.name for path in folder.iterdir()} == set(FILES)
-    text = (folder / "result.json").read_text()
+    module = load_lesson(side, "cifar")
+    give(module, small_data(), Net, "cifar", monkeypatch)
+    args = arguments(module, side, "cifar", tmp_path, lr=1e30)
+    watch.show(watch.watch(module.main, args), args)
+    text = (tmp_path / "cifar" / side / "result.json").read_text()
     assert "NaN" not in text and "Infinity" not in text
     assert None in json.loads(text)["train_loss"]
     assert "is not a number: nothing was learned" in capsys.readouterr().out
@@ -140,7 +158,7 @@ def test_a_loss_that_is_no_number_ends_well(side, tmp_path, monkeypatch, capsys)
 def test_a_complete_run_is_kept_when_another_starts(tmp_path, monkeypatch):
     folder = tmp_path / "cifar" / "plain"
     for seed in (1, 2, 3):
-        finish(train("plain", tmp_path, monkeypatch, seed=seed, model=Net))
+        train("plain", tmp_path, monkeypatch, seed=seed)
     seeds = [
         json.loads((path / "result.json").read_text())["seed"]
         for path in (folder, folder.with_name("plain.previous"))
@@ -148,9 +166,20 @@ def test_a_complete_run_is_kept_when_another_starts(tmp_path, monkeypatch):
     assert seeds == [3, 2]
     # A run that was stopped does not take the place of the complete one.
     (folder / "result.json").unlink()
-    runs.start_folder(Options(runs_dir=tmp_path), "cifar", "plain")
+    folders.start_folder(folder)
     assert json.loads((folder.with_name("plain.previous") / "result.json").read_text())["seed"] == 2
     assert list(folder.iterdir()) == []
+
+
+def test_what_is_refused_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    """The folder is made ready where a lesson first asks for it: after it has its images."""
+    folder = tmp_path / "cifar" / "plain"
+    train("plain", tmp_path, monkeypatch)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(BadInput, match="limit-val-batches"):
+        train("plain", tmp_path, monkeypatch, limit_val_batches=0.001)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert len(before) == 3 and not folder.with_name("plain.previous").exists()
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -162,15 +191,17 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space"):
-        runs._write(path, break_off)
+        folders.write_whole(path, break_off)
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
 def test_fingerprints_are_exact():
     a = torch.zeros(3)
     b = torch.tensor([0.0, 0.0, 1e-45])
-    assert runs.fingerprint(a) != runs.fingerprint(b)
-    assert runs.fingerprint(a)["sha256"] == hashlib.sha256(bytes(12)).hexdigest()
-    assert runs.fingerprint(a) != runs.fingerprint(a.double())
-    assert runs.fingerprint(a) != runs.fingerprint(a.view(3, 1))
-    assert runs.fingerprint(torch.ones(2, 3).T) == runs.fingerprint(torch.ones(3, 2))
+    assert fingerprints.fingerprint(a) != fingerprints.fingerprint(b)
+    assert fingerprints.fingerprint(a)["sha256"] == hashlib.sha256(bytes(12)).hexdigest()
+    assert fingerprints.fingerprint(a) != fingerprints.fingerprint(a.double())
+    assert fingerprints.fingerprint(a) != fingerprints.fingerprint(a.view(3, 1))
+    assert fingerprints.fingerprint(torch.ones(2, 3).T) == fingerprints.fingerprint(
+        torch.ones(3, 2)
+    )

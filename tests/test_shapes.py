@@ -1,16 +1,15 @@
 """The built-in shapes are a real task, and the same for everyone."""
 
 from common import ROOT, shapes
-from common.data import Images, load_data, train_loader
+from common.data import Images, load_images, make_loader
 from common.models import MLP, Net
-from common.options import Options
-from common.recipes import RECIPES
+from common.networks import TO_ONE
+from common.run import Options
 from common.shapes import CLASSES, draw_grey_shapes, draw_shapes, kept
 
 import hashlib
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -171,9 +170,16 @@ def test_two_processes_at_once_draw_the_same(folder):
     assert same(kept("coloured", 3000, seed=1), draw_shapes(3000, seed=1))
 
 
-def accuracy_after_one_epoch(model, data, recipe):
-    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum)
-    for images, labels in train_loader(data.train, recipe, Options()):
+def options(batch_size):
+    args = Options(data="shapes")
+    args.batch_size = batch_size
+    return args
+
+
+def accuracy_after_one_epoch(model, data, batch_size):
+    """With the learning rate of `cifar`, in proportion to the batch size."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3 * batch_size / 4, momentum=0.9)
+    for images, labels in make_loader(data.train, options(batch_size)):
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
@@ -185,13 +191,11 @@ def accuracy_after_one_epoch(model, data, recipe):
 # The lesson's own batches take 30 seconds; eight times as large at eight times the rate, a third.
 @pytest.mark.parametrize("batch_size", [pytest.param(4, marks=pytest.mark.slow), 32])
 def test_the_network_learns_them_and_a_linear_model_does_not(batch_size):
-    recipe = RECIPES["cifar"]
-    recipe = replace(recipe, batch_size=batch_size, lr=recipe.lr * batch_size / recipe.batch_size)
-    data = load_data(recipe, Options(data="shapes"))
+    data = load_images("cifar10", options(batch_size), TO_ONE)
     torch.manual_seed(0)
-    network = accuracy_after_one_epoch(Net(), data, recipe)
+    network = accuracy_after_one_epoch(Net(), data, batch_size)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    linear = accuracy_after_one_epoch(linear, data, recipe)
+    linear = accuracy_after_one_epoch(linear, data, batch_size)
     print(f"after one epoch: Net {network:.2%}, a linear model {linear:.2%}")
     assert network > 0.6
     assert linear < network - 0.3
@@ -199,11 +203,12 @@ def test_the_network_learns_them_and_a_linear_model_does_not(batch_size):
 
 def test_the_mlp_learns_the_grey_ones():
     """At a hundred times the lesson's learning rate: 188 steps are few."""
-    train, test = (Images(*draw_grey_shapes(count, seed)) for count, seed in ((6000, 1), (2000, 2)))
+    train = Images(*draw_grey_shapes(6000, seed=1), split="train")
+    test = Images(*draw_grey_shapes(2000, seed=2))
     torch.manual_seed(0)
     model = MLP()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loader = train_loader(train, RECIPES["fashion"], Options())
+    loader = make_loader(train, options(batch_size=64))
     for epoch in range(2):
         loader.sampler.set_epoch(epoch)
         for images, labels in loader:

@@ -1,18 +1,25 @@
 """The lesson speed: both sides the same with all its means, and each of them does what it says."""
 
+from common import ROOT
 from common.batches import DeviceBatches
 from common.data import Images
-from common.models import Airbench, Averaged, Net, SmallNet
+from common.models import NETWORKS, Airbench, Averaged, Net, SmallNet
 from common.optimizers import Muon, orthogonalized, up_and_down
-from common.options import parse_options
-from common.parity import compare_results
+from common.proof.parity import compare_results
+from common.run import parse
+
+import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SIDES, count, real_data, small_data, some, train
+from helpers import SIDES, count, load_lesson, real_data, small_data, some, train
 from torch import nn
 
+STAGES = "data start steps weights optimizer random metrics".split()
 MEANS = [
     dict(),
     dict(optimizer="sgd", flip="random", translate=2),
@@ -21,55 +28,126 @@ MEANS = [
     dict(translate=1, weight_decay=0.01, threads=2),
     dict(channels_last=False, freeze_at=1.0, batch_size=16),
     dict(freeze_at=0.0),
-    dict(max_steps=17, seed=3),
+    dict(limit_train_batches=9, seed=3),
     dict(model=Net, precision="bf16-mixed", flip="random", freeze_at=0.3),
     dict(network="airbench", flip="alternate", translate=2, tta=True, label_smoothing=0.2,
-         precision="bf16-mixed", batch_size=40),
+         precision="bf16-mixed", batch_size=16),
     dict(network="small", tta=True, flip="random", precision="bf16-mixed"),
-    dict(network="airbench", batch_size=60, max_epochs=1, freeze_at=1.0),
+    dict(network="airbench", batch_size=20, max_epochs=1, freeze_at=1.0),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", some(MEANS, every=3), ids=str)
 def test_both_sides_are_the_same_with_every_means(settings, tmp_path, monkeypatch):
-    runs = [train(s, tmp_path, monkeypatch, lesson="speed", **settings) for s in SIDES]
-    comparison = compare_results(*(run.result() for run in runs))
-    assert comparison.agree, comparison.first_difference
-    assert all(stage.compared > 0 for stage in comparison.stages) and len(comparison.stages) == 7
-    assert runs[0].weights() == runs[1].weights()
+    # Where the lesson's own is meant, and not the small one of the tests.
+    own = {"model": NETWORKS[settings["network"]]} if "network" in settings else {}
+    if settings.get("network") == "airbench":  # which takes long for each image
+        own["images"] = small_data(40, 20, 20, lesson="speed")
+    results = [train(s, tmp_path, monkeypatch, lesson="speed", **own, **settings) for s in SIDES]
+    assert_same(*results)
     count("pairs of speed, bit for bit")
 
 
+def assert_same(plain, lightning):
+    comparison = compare_results(plain, lightning)
+    assert comparison.agree, comparison.first_difference
+    assert [stage.name for stage in comparison.stages] == STAGES
+    assert all(stage.compared > 0 for stage in comparison.stages)
+    assert plain["weights_sha256"] == lightning["weights_sha256"]
+
+
+NUDGE = "    weight = next(net.parameters()).data[:1, :1, :1, :1]\n" \
+        "    weight.copy_(torch.nextafter(weight, weight + 1))\n"  # fmt: skip
 CHANGES = {
-    "the schedule told of epochs": ("lightning", ('"interval": "step"', '"interval": "epoch"')),
-    "another order of the images": ("plain", ("loader.sampler.set_epoch(epoch)", "pass")),
-    "the first layer goes on": ("plain", (" freeze_first_layer(net)\n", " pass\n")),
-    "no label smoothing": ("plain", (", label_smoothing=recipe.label_smoothing", "")),
-    "another momentum": ("lightning", ("momentum=self.recipe.momentum, **", "momentum=0.8, **")),
-    "no autocast": ("plain", ('enabled=recipe.precision != "32-true"', "enabled=False")),
+    # name: (side, stage that must differ first, (old text, new text), ...)
+    "the schedule told of epochs": (
+        "lightning", "steps", ('"interval": "step"', '"interval": "epoch"'),
+    ),
+    "another order of the images": (
+        "plain", "data", ("batches.sampler.set_epoch(epoch)", "pass"),
+    ),
+    "the first layer goes on": ("plain", "steps", (" freeze_first_layer(net)\n", " pass\n")),
+    "no label smoothing": ("plain", "steps", (", label_smoothing=smoothing", "")),
+    "another momentum": (
+        "lightning", "steps", ("Muon(net, momentum=args.momentum", "Muon(net, momentum=0.8"),
+    ),
+    "no autocast": (
+        "plain", "steps",
+        ("torch.bfloat16, args.precision != \"32-true\",", "torch.bfloat16, False,"),
+    ),
+    "one unit in the last place": (
+        "plain", "start",
+        ("    optimizer = make_optimizer(net, args)\n",
+         NUDGE + "    optimizer = make_optimizer(net, args)\n"),
+    ),
+    "one unit in the last place, after training": (
+        "plain", "weights", ("    tested = Averaged", NUDGE + "    tested = Averaged"),
+    ),
 }  # fmt: skip
+CHANGED = dict(lesson="speed", label_smoothing=0.1, precision="bf16-mixed")
 
 
-@pytest.mark.parametrize("name", some(CHANGES, every=3))
-def test_one_change_is_found(name, tmp_path, monkeypatch):
-    side, *changes = CHANGES[name]
-    changes = [(old.replace("self.recipe", "recipe"), new) for old, new in changes]
-    settings = dict(lesson="speed", label_smoothing=0.1, precision="bf16-mixed")
-    runs = [
-        train(s, tmp_path, monkeypatch, *(changes if s == side else ()), **settings) for s in SIDES
-    ]
-    first = compare_results(*(run.result() for run in runs)).first_difference
-    assert first.name == ("data" if name == "another order of the images" else "steps")
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        folder = tmp_path_factory.mktemp("unchanged")
+        results = {side: train(side, folder, monkeypatch, **CHANGED) for side in SIDES}
+    assert_same(*results.values())
+    return results
+
+
+@pytest.mark.parametrize("name", [*some([*CHANGES][:-2], every=3), *[*CHANGES][-2:]])
+def test_one_change_is_found(name, unchanged, tmp_path, monkeypatch):
+    side, stage, *changes = CHANGES[name]
+    changed = train(side, tmp_path, monkeypatch, *changes, **CHANGED)
+    (other,) = set(SIDES) - {side}
+    first = compare_results(changed, unchanged[other]).first_difference
+    assert first.name == stage, first
     count("negative controls")
 
 
+SANITY = ("        num_sanity_val_steps=0,\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_both_sides_are_the_same(tmp_path, monkeypatch):
+    """And differ where the Trainer's sanity check has compiled for a batch of its own before.
+
+    It takes the first batch that it sees for what all will be like: another size makes it compile
+    once more, for any size, with kernels that round otherwise.
+    """
+    # Net's kernels round alike for any size; those of SmallNet do not.
+    options = dict(lesson="speed", model=SmallNet, batch_size=128, max_epochs=1, lr=0.05)
+    options |= dict(images=small_data(512, 60, 60, lesson="speed"))
+
+    def compiled(side, *changes):
+        torch.compiler.reset()  # it remembers sizes, also those of another network
+        return train(side, tmp_path, monkeypatch, *changes, compile=True, **options)
+
+    plain = compiled("plain")
+    assert_same(plain, compiled("lightning"))
+    first = compare_results(plain, compiled("lightning", SANITY)).first_difference
+    assert first and first.name == "steps", first
+    count("negative controls")
+    # Not compiled, the check makes no difference.
+    checked = train("lightning", tmp_path, monkeypatch, SANITY, **options)
+    assert_same(train("plain", tmp_path, monkeypatch, **options), checked)
+
+
 def test_the_first_layer_rests_in_the_second_half(tmp_path, monkeypatch):
-    short = dict(lesson="speed", model=Net, max_steps=15)
+    """Its weights are those of the step before; all others go on."""
+    whole = dict(lesson="speed", model=Net, max_epochs=1)
     for side in SIDES:
-        half = train(side, tmp_path, monkeypatch, **short).model.state_dict()
-        whole = train(side, tmp_path, monkeypatch, **short | dict(max_steps=30)).model.state_dict()
-        still = [name for name in half if torch.equal(half[name], whole[name])]
-        assert still == ["conv1.weight", "conv1.bias"]
+        before, after = (
+            train(side, tmp_path, monkeypatch, freeze_at=freeze_at, **whole)["fingerprints"]
+            for freeze_at in (0.0, 0.5)
+        )
+        start, weights = before["start"], before["weights"]
+        still = [name for name in start if start[name] == weights[name]]
+        assert still == ["conv1.weight", "conv1.bias"] and len(start) == 10
+        assert [name for name in start if start[name] == after["weights"][name]] == []
 
 
 # The batches.
@@ -86,7 +164,7 @@ def test_every_image_comes_once_in_an_epoch_and_is_that_of_the_loader():
         loader.sampler.set_epoch(epoch)
         parts = list(loader)
         assert [len(labels) for _, labels in parts] == [32, 32, 32, 24] and len(loader) == 4
-        order = loader.sampler.handed_out[epoch]
+        order = list(loader.sampler)  # it depends on seed and epoch alone
         assert sorted(order) == list(range(120))
         seen, labels = (torch.cat(part) for part in zip(*parts, strict=True))
         wanted, wanted_labels = images.__getitems__(order)
@@ -105,7 +183,7 @@ def epoch_of(loader, epoch):
     """The images of an epoch in the order of the set."""
     loader.sampler.set_epoch(epoch)
     images = torch.cat([images for images, _ in loader])
-    return images[torch.tensor(loader.sampler.handed_out[epoch]).argsort()]
+    return images[torch.tensor(list(loader.sampler)).argsort()]
 
 
 def mirrored(images, plain):
@@ -247,24 +325,23 @@ def test_the_learning_rate_goes_up_and_down():
     assert all(0 <= up_and_down(steps)(step) <= 1 for steps in (1, 2, 3) for step in range(5))
 
 
-def test_its_command_line():
-    recipe, options = parse_options("speed", ["--no-channels-last", "--optimizer", "adam"])
-    assert not recipe.channels_last and recipe.optimizer == "adam" and options.threads == 1
-    assert parse_options("speed", [])[0].optimizer == "muon"
-    with pytest.raises(SystemExit):
-        parse_options("cifar", ["--optimizer", "muon"])
+def test_its_command_line(tmp_path):
+    for side in SIDES:
+        script, own = ROOT / side / "speed.py", ["--runs-dir", str(tmp_path)]
+        of = load_lesson(side, "speed").Args
+        args = parse(of, script, [*own, "--no-channels-last", "--optimizer", "adam"])
+        assert not args.channels_last and args.optimizer == "adam" and args.threads == 1
+        args = parse(of, script, [*own, "--limit-train-batches", "0.5"])
+        assert args.optimizer == "muon" and args.limit_train_batches == 0.5
+        assert parse(of, script, own).limit_train_batches == 190
+    with pytest.raises(SystemExit):  # no other lesson has it
+        parse(load_lesson("plain", "cifar").Args, ROOT / "plain/cifar.py", ["--optimizer", "muon"])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(real_data() is None, reason="needs the real CIFAR-10 in DATA_DIR")
 def test_it_reaches_the_tutorials_accuracy(tmp_path):
     """One seed; docs/speed.md has five."""
-    from common import ROOT
-
-    import json
-    import subprocess
-    import sys
-
     command = [sys.executable, "plain/speed.py", "--runs-dir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     result = json.loads((tmp_path / "speed/plain/result.json").read_text())

@@ -42,8 +42,8 @@ def lines(path):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_a_run_reaches_the_same_bits_with_a_trace(side, tmp_path, monkeypatch):
-    bare = train(side, tmp_path, monkeypatch, lesson="optimize").result()
-    traced = trace(side, tmp_path / "it.trace", monkeypatch, lesson="optimize").result()
+    bare = train(side, tmp_path, monkeypatch, lesson="optimize")
+    traced = trace(side, tmp_path / "it.trace", monkeypatch, lesson="optimize")
     for part in ("train_loss", "fingerprints", "confusion_matrix", "val_loss"):
         assert traced[part] == bare[part], part
     assert len(lines(tmp_path / "it.trace")) - 2 == 16

@@ -86,11 +86,13 @@ def compare(a: Path | str, b: Path | str) -> Diagnosis:
     Raises BadInput where one is no trace, is empty, or they were thinned differently.
     """
     first, second = Run.of(a, "A"), Run.of(b, "B")
-    if first.head["every"] != second.head["every"]:
-        raise BadInput(
-            f"A records every {first.head['every']} steps and B every {second.head['every']}; "
-            "trace both with the same `every`."
-        )
+    for name in ("every", "first"):
+        ours, theirs = (run.head.get(name, 1) for run in (first, second))
+        if ours != theirs:
+            raise BadInput(
+                f"A was made with {name}={ours} and B with {name}={theirs}; trace both with the "
+                f"same `{name}`."
+            )
     for run, path in ((first, a), (second, b)):
         if not run.steps:
             why = run.end["error"] or "no optimizer that holds its parameters made a step"

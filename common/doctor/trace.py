@@ -9,7 +9,7 @@ other.
 
 A trace is JSON, one line for each optimizer step, compressed by gzip. What costs is that all
 tensors of a step are read once more: docs/doctor.md has the measurement. `every=10` records the
-steps 1, 11, 21 ... alone.
+steps 1, 11, 21 ... alone, `first=90` those from 90 on.
 """
 
 import functools
@@ -41,7 +41,7 @@ class Trace:
     `model` is the network whose forward pass takes the batch. `optimizer` is only needed where
     several optimizers hold its parameters and one of them is meant; the Trainer makes its own
     within fit, and it is found. `path` is written when the block ends, also by an error. `every`
-    is the distance between two recorded steps.
+    is the distance between two recorded steps, `first` the first one that is recorded.
 
     Raises BadInput where model is no module with parameters, every is no positive number, or no
     file can be written at path.
@@ -49,7 +49,7 @@ class Trace:
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | None = None, *, path: Path | str,
-        every: int = 1,
+        every: int = 1, first: int = 1,
     ) -> None:  # fmt: skip
         if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
             raise BadInput(
@@ -58,7 +58,9 @@ class Trace:
             )
         if not isinstance(every, int) or every < 1:
             raise BadInput(f"every is {every!r}, but it is a distance between steps: 1, 2, 3 ...")
-        self.model, self.optimizer, self.every = model, optimizer, every
+        if not isinstance(first, int) or first < 1:
+            raise BadInput(f"first is {first!r}, but it is the number of a step: 1, 2, 3 ...")
+        self.model, self.optimizer, self.every, self.first = model, optimizer, every, first
         self.path = Path(path)
         self.steps = self.depth = 0
         self.batches: list[dict] = []  # the forward passes since the last step
@@ -94,6 +96,7 @@ class Trace:
             {
                 "trace": FORMAT,
                 "every": self.every,
+                "first": self.first,
                 "modules": {name: _describe(module) for module, name in self.names.items()},
                 "environment": _environment(next(self.model.parameters())),
                 "start": self._weights(),
@@ -266,7 +269,8 @@ class Trace:
 
     def _is_due(self) -> bool:
         """Tell whether the step that comes is recorded."""
-        return self.steps % self.every == 0
+        later = self.steps + 1 - self.first
+        return later >= 0 and later % self.every == 0
 
     def _weights(self) -> dict[str, dict]:
         """Fingerprint all parameters, and buffers such as BatchNorm's running averages."""

@@ -1,7 +1,8 @@
 """Show the two scripts of a lesson side by side in the terminal, cell by cell.
 
-`python -m common.sidebyside LESSON [--no-comments]`. Lines that both sides share are dim; the
-others are in colour. `--no-comments` leaves out the lesson's own comments, `#:`.
+`python -m common.proof.sidebyside LESSON [--no-comments] [--cell TITLE]`. Lines that both sides
+share are dim; the others are in colour. `--no-comments` leaves out the comments that teach, `#:`;
+`--cell Training` shows the cells whose titles begin so. On a terminal it pages, by `less`.
 """
 
 from common import ROOT, SIDES
@@ -10,6 +11,7 @@ from common.messages import BadInput, Parser, clear_messages
 import argparse
 import difflib
 import itertools
+import os
 import re
 import sys
 
@@ -20,7 +22,7 @@ from rich.text import Text
 
 # Nothing of PyTorch is imported: to show two files takes no seconds.
 LESSONS = sorted(path.stem for path in (ROOT / "plain").glob("*.py"))
-COLUMNS = 210  # a terminal of so many breaks no line of a lesson
+COLUMNS = 190  # a terminal of so many breaks no line of a lesson
 
 
 def cells(source: str) -> dict[str, list[str]]:
@@ -61,13 +63,21 @@ def aligned(left: list[str], right: list[str]) -> list[tuple[int | None, int | N
     return rows
 
 
-def table(sources: tuple[str, str], width: int) -> Table:
-    """Return the two sources as one table of `width` columns."""
+def table(sources: tuple[str, str], width: int, cell: str = "") -> Table:
+    """Return the two sources as one table of `width` columns; of them, the cells named so.
+
+    Raises BadInput, with all titles, where no cell's title begins with `cell`.
+    """
     left, right = (cells(source) for source in sources)
+    shown = [title for title in left | right if title.lower().startswith(cell.lower())]
+    if not shown:
+        titles = ", ".join(title for title in left | right if title)
+        raise BadInput(f"no cell's title begins with '{cell}'; the cells are: {titles}.")
     view = Table(width=width)
     for side in SIDES:
         view.add_column(side, ratio=1, overflow="fold")
-    for title in left | right:
+    inside = (width - 7) // 2  # of a column: what the frame leaves
+    for title in shown:
         if title:
             view.add_section()
             view.add_row(*[Text(title, style="bold yellow")] * 2)
@@ -79,8 +89,22 @@ def table(sources: tuple[str, str], width: int) -> Table:
             ]
             if equal:
                 row = [Text(text.plain, style="dim") for text in row]
-            view.add_row(*row)
+            view.add_row(*[_continued(text, inside) for text in row])
     return view
+
+
+def _continued(line: Text, width: int) -> Text:
+    """Break a line that is too long at a space, and indent what follows deeper than the line."""
+    indent = len(line.plain) - len(line.plain.lstrip()) + 8
+    parts = []
+    while len(line) > width and indent < width // 2:
+        cut = line.plain.rfind(" ", indent + 1, width)
+        cut = cut if cut > 0 else width
+        parts.append(line[:cut])
+        line = Text(" " * indent) + line[cut:]
+        spaces = len(line.plain) - len(line.plain.lstrip())
+        line = line[spaces - indent :]  # the space at which it was broken goes
+    return Text("\n").join([*parts, line])
 
 
 def _colored(lines: list[str]) -> list[Text]:
@@ -96,7 +120,7 @@ def _colored(lines: list[str]) -> list[Text]:
 
 def main(argv: list[str]) -> None:
     """Print the two scripts of the lesson that `argv` names."""
-    parser = Parser(prog="common.sidebyside", description="Show a lesson's two scripts.")
+    parser = Parser(prog="common.proof.sidebyside", description="Show a lesson's two scripts.")
     parser.add_argument("lesson", help=", ".join(LESSONS))
     parser.add_argument(
         "--comments",
@@ -104,6 +128,7 @@ def main(argv: list[str]) -> None:
         default=True,
         help="with the comments that teach, `#:`, or without them",
     )
+    parser.add_argument("--cell", default="", metavar="TITLE", help="only cells that begin so")
     arguments = parser.parse_args(argv)
     if arguments.lesson not in LESSONS:
         raise BadInput(f"there is no lesson '{arguments.lesson}'; there are: {', '.join(LESSONS)}.")
@@ -113,13 +138,20 @@ def main(argv: list[str]) -> None:
     if not arguments.comments:
         plain, lightning = without_comments(plain), without_comments(lightning)
     # Colour also into a pipe, so that `| less -R` shows it; a pipe has no width of its own.
-    console = Console(force_terminal=True, width=None if sys.stdout.isatty() else COLUMNS)
-    console.print(table((plain, lightning), console.width))
-    if console.width < COLUMNS:
-        console.print(
-            f"This terminal has {console.width} columns, and long lines are broken; with {COLUMNS} "
-            f"none is. Or scroll: make diff-{arguments.lesson} | less -RS"
-        )
+    terminal = sys.stdout.isatty()
+    console = Console(force_terminal=True, width=None if terminal else COLUMNS)
+    view = table((plain, lightning), console.width, arguments.cell)
+    if not terminal:
+        console.print(view)
+        return
+    os.environ.setdefault("LESS", "-RFX")  # in colour, and without waiting where it fits
+    with console.pager(styles=True):
+        console.print(view)
+        if console.width < COLUMNS:
+            console.print(
+                f"This terminal has {console.width} columns, and long lines are continued; with "
+                f"{COLUMNS} none is."
+            )
 
 
 if __name__ == "__main__":

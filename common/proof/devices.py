@@ -1,8 +1,8 @@
 """Hold runs on several devices against each other, and against one: `make parity-parallel`.
 
-`python -m common.devices [options of the lesson parallel]` runs what has not been run, for 2 and
-for 4 devices unless --devices says for how many. Exit status 0: all is as it should be; 1: it is
-not; 2: a run did not end.
+`python -m common.proof.devices [options of the lesson parallel]` runs what has not been run, for 2
+and for 4 devices unless --devices says for how many. Exit status 0: all is as it should be; 1: it
+is not; 2: a run did not end.
 
 What several processes compute is what one computes, but for rounding. In single precision rounding
 stays small for some hundred steps, until it decides a maximum or a ReLU: then the runs go apart. In
@@ -10,8 +10,8 @@ double precision it stays far too small for that, so that every step can be comp
 """
 
 from common.messages import BadInput, clear_messages
-from common.options import parse_options
-from common.parity import Result, compare_results, read_result, run_if_needed, show
+from common.proof.parity import compare_results, read_result, run_if_needed, settings_of, show
+from common.proof.watch import Result
 
 import sys
 from dataclasses import dataclass
@@ -42,16 +42,15 @@ class Runs:
         self.argv = argv
 
     def get(self, devices: int, kind: str, *more: str, sides: tuple[str, ...]) -> list[Result]:
-        _, given = parse_options("parallel", self.argv)
-        folder = given.runs_dir / "devices" / f"{kind}-{devices}"
+        folder = settings_of("parallel", self.argv).runs_dir / "devices" / f"{kind}-{devices}"
         argv = [*self.argv, *more, "--devices", f"{devices}", "--runs-dir", f"{folder}"]
-        recipe, options = parse_options("parallel", argv)
+        args = settings_of("parallel", argv)
         results = []
         for side in sides:
             print(f"{side}, {kind}, {devices} devices:", flush=True)
-            if status := run_if_needed(side, recipe, options, argv):
+            if status := run_if_needed(side, args, argv):
                 raise SystemExit(status)
-            results.append(read_result(side, recipe, options))
+            results.append(read_result(side, args))
         return results
 
 
@@ -88,7 +87,7 @@ def rounding(what: str, a: Result, b: Result, tolerance: float, steps: int | Non
 
 def main(argv: list[str]) -> int:
     """Run and compare everything; return the exit status."""
-    _, given = parse_options("parallel", argv)
+    given = settings_of("parallel", argv)
     words = [word.partition("=")[0] for word in argv]
     for name in ("--strategy", "--precision", "--batch-norm", "--num-nodes"):
         if name in words:

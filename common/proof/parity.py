@@ -1,35 +1,32 @@
-"""Hold two runs against each other, stage by stage, and name the first difference.
+"""Holds two runs against each other, stage by stage, and names the first difference.
 
-`python -m common.parity LESSON [options]` runs whichever side has not been run with these options,
-compares the two results and prints a table. Without a lesson it does so for all of them, and ends
-with one table. Exit status 0: all agree; 1: they differ; 2: they cannot be compared.
-
-`compare` and `assert_parity` do the same for two traces of any code; they are in samebits.
+`python -m common.proof.parity LESSON [options]` runs whichever side has not been run with these
+options, compares the two results and prints a table. Without a lesson it does so for all of them,
+and ends with one table. Exit status 0: all agree; 1: they differ; 2: they cannot be compared.
 """
 
 from common import ROOT, SIDES, pretrained
 from common.data import is_here
 from common.messages import BadInput, clear_messages
-from common.options import Options, parse_options
-from common.recipes import RECIPES, Recipe
-from common.runs import code_sha256, hyperparameters, run_folder, versions
+from common.networks import NETWORKS
+from common.proof.explain import draw, explain
+from common.proof.fingerprints import code_sha256, versions
+from common.proof.lessons import lessons, load
+from common.proof.watch import Result, hyperparameters
+from common.run import parse
 
 import contextlib
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from samebits import assert_parity as assert_parity
-from samebits import compare as compare
-
-Result = dict[str, Any]  # what common.runs.Run.result returns, and result.json holds
 
 AVERAGES = ("val_loss", "val_accuracy", "val_f1", "test_loss", "test_accuracy", "test_f1")
 # Lightning's running mean adds up in float32. All that comes before the metrics is equal bit for
@@ -54,7 +51,7 @@ class Stage:
 class Comparison:
     """The stages in their order: data, start, steps, weights, optimizer, random, metrics.
 
-    Where a lesson decides when to stop, decisions come last.
+    Where a lesson writes checkpoints, these come last.
     """
 
     stages: tuple[Stage, ...]
@@ -75,24 +72,20 @@ def compare_results(a: Result, b: Result) -> Comparison:
     Raises BadInput where they cannot be the same: other lesson, data, settings or versions.
     """
     refuse_different_settings(a, b)
-    checks: tuple[tuple[str, Callable[[Result, Result], tuple[int, str | None]]], ...] = (
-        ("data", _prints("data")),
-        ("start", _prints("start")),
-        ("steps", _steps),
-        ("weights", _prints("weights")),
-        ("optimizer", _prints("optimizer")),
-        ("random", _prints("random")),
-        ("metrics", _metrics),
-        ("decisions", _decisions),
-    )
+    names = [name for name in CHECKS if name != "checkpoints"]
+    # Some lessons write none.
+    names += ["checkpoints"] * bool(a["checkpoints"] or b["checkpoints"])
+    return compare_stages(a, b, names)
+
+
+def compare_stages(a: Result, b: Result, names: Sequence[str]) -> Comparison:
+    """Compare two results in the stages that are named, each only if those before it are equal."""
     stages: list[Stage] = []
-    for name, check in checks:
-        if name == "decisions" and not a["decisions"] and not b["decisions"]:
-            continue  # most lessons take none
+    for name in names:
         if any(stage.difference is not None for stage in stages):
             stages.append(Stage(name, 0, None))
             continue
-        compared, difference = check(a, b)
+        compared, difference = CHECKS[name](a, b)
         if compared == 0 and difference is None:
             difference = "there was nothing to compare"
         stages.append(Stage(name, compared, difference))
@@ -178,13 +171,25 @@ def _metrics(a: Result, b: Result) -> tuple[int, str | None]:
     return compared, None
 
 
-def _decisions(a: Result, b: Result) -> tuple[int, str | None]:
-    """Check what stopped the training, which epoch was best, and its loss: equal to the bit."""
-    ours, theirs = a["decisions"], b["decisions"]
-    for name in ours.keys() | theirs.keys():
+def _checkpoints(a: Result, b: Result) -> tuple[int, str | None]:
+    """Check which checkpoints were left: of which epoch and step, with which weights."""
+    ours, theirs = a["checkpoints"], b["checkpoints"]
+    for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             return len(ours), f"{name}: {_sides(a, ours.get(name), b, theirs.get(name))}"
     return len(ours), None
+
+
+CHECKS: dict[str, Callable[[Result, Result], tuple[int, str | None]]] = {
+    "data": _prints("data"),
+    "start": _prints("start"),
+    "steps": _steps,
+    "weights": _prints("weights"),
+    "optimizer": _prints("optimizer"),
+    "random": _prints("random"),
+    "metrics": _metrics,
+    "checkpoints": _checkpoints,
+}
 
 
 def _sides(a: Result, x: Any, b: Result, y: Any) -> str:
@@ -210,47 +215,58 @@ def main(argv: list[str]) -> int:
     """Compare the two sides of one lesson, or of all; return the exit status."""
     if argv[:1] in (["-h"], ["--help"]):
         print(
-            "usage: python -m common.parity [LESSON] [options]\n"
-            f"Compare both sides of a lesson ({', '.join(RECIPES)}), or of all,\n"
+            "usage: python -m common.proof.parity [LESSON] [options]\n"
+            f"Compare both sides of a lesson ({', '.join(lessons())}), or of all,\n"
             "with the lesson's options, which LESSON --help lists; for all lessons, with those\n"
             "that all have."
         )
         return 0
-    lessons = list(RECIPES)
+    names = lessons()
     if argv and not argv[0].startswith("-"):
-        lessons, argv = argv[:1], argv[1:]
-        if lessons[0] not in RECIPES:
-            raise BadInput(f"there is no lesson '{lessons[0]}'; there are: {', '.join(RECIPES)}.")
+        names, argv = argv[:1], argv[1:]
+        if names[0] not in lessons():
+            raise BadInput(f"there is no lesson '{names[0]}'; there are: {', '.join(lessons())}.")
     # Read for all before anything is run: an option that one lesson lacks ends it here.
-    settings = [parse_options(lesson, argv) for lesson in lessons]
+    settings = {name: settings_of(name, argv) for name in names}
     pairs = []
-    for recipe, options in settings:
-        start = Path(getattr(recipe, "start_from", "")).resolve()
-        if (options.runs_dir / recipe.lesson).resolve() in start.parents:
+    for args in settings.values():
+        start = Path(getattr(args, "start_from", "") or "").resolve()
+        if (args.runs_dir / args.lesson).resolve() in start.parents:
             raise BadInput(
                 f"--start-from '{start}' is in the folder of a run that will be moved "
                 "away for the new one; copy the file elsewhere and name the copy."
             )
         for side in SIDES:
-            if status := run_if_needed(side, recipe, options, argv):
+            if status := run_if_needed(side, args, argv):
                 return status
-        a, b = (read_result(side, recipe, options) for side in SIDES)
+        a, b = (read_result(side, args) for side in SIDES)
         pairs.append((a, b, compare_results(a, b)))
         show(*pairs[-1])
+        losses = [a["train_loss"], b["train_loss"]]
+        if first := pairs[-1][2].first_difference:
+            print(explain(args, argv, first.name, losses))
+        picture = args.runs_dir / args.lesson / "parity.png"
+        draw(losses, f"{args.lesson} on {a['data']}: both sides", picture)
+        print(f"Both loss curves, and their difference: {picture}")
     if len(pairs) > 1:
         show_all(pairs)
     return 0 if all(comparison.agree for _, _, comparison in pairs) else 1
 
 
-def run_if_needed(side: str, recipe: Recipe, options: Options, argv: list[str]) -> int:
+def settings_of(lesson: str, argv: list[str]) -> Any:
+    """Return the Args of a lesson for a command line; `ckpt_path` is left to the sides."""
+    return parse(load("plain", lesson).Args, ROOT / "plain" / f"{lesson}.py", argv)
+
+
+def run_if_needed(side: str, args: Any, argv: list[str]) -> int:
     """Run one side, unless its result is there; return the exit status."""
-    if _is_of(read_result(side, recipe, options), side, recipe, options):
+    if _is_of(read_result(side, args), side, args):
         return 0
     print(
-        f"The {side} side of {recipe.lesson} has not been run with these settings: running it.",
+        f"The {side} side of {args.lesson} has not been run with these settings: running it.",
         flush=True,
     )
-    command = [sys.executable, str(ROOT / side / f"{recipe.lesson}.py"), *argv]
+    command = [sys.executable, str(ROOT / side / f"{args.lesson}.py"), *argv]
     status = _wait_for(subprocess.Popen(command))
     return status if status in (0, 130) else 2  # a side that broke off is no difference
 
@@ -262,31 +278,29 @@ def _wait_for(process: subprocess.Popen) -> int:
             return process.wait()
 
 
-def read_result(side: str, recipe: Recipe, options: Options) -> Result:
+def read_result(side: str, args: Any) -> Result:
     """Return the content of a side's result.json; {} where there is none, or none to be read."""
+    path = args.runs_dir / args.lesson / side / "result.json"
     try:
-        return json.loads((run_folder(options, recipe.lesson, side) / "result.json").read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
 
 
-def _is_of(result: Result, side: str, recipe: Recipe, options: Options) -> bool:
+def _is_of(result: Result, side: str, args: Any) -> bool:
     """Tell whether a result was made by today's code, packages and data with these settings."""
-    if (
-        result.get("data") != recipe.data
-        and options.data == "auto"
-        and is_here(options.data_dir, recipe.data)
-    ):
+    data = next(network.data for network in NETWORKS if network.lesson == args.lesson)
+    if result.get("data") != data and args.data == "auto" and is_here(args.data_dir, data):
         return False  # the shapes stood in, but the real images have come since
-    used = result.get("decisions", {}).get("weights at the start")
-    own: Any = recipe
-    if used == "random" and own.weights == "auto" and pretrained.is_here(own.backbone):
+    if getattr(args, "weights", "") == "auto" and pretrained.came_after(
+        args.backbone, args.runs_dir / args.lesson / side / "result.json"
+    ):
         return False  # random weights stood in, but the pretrained ones have come since
     wanted = {
-        "seed": recipe.seed,
-        "hyperparameters": hyperparameters(recipe, options),
+        "seed": args.seed,
+        "hyperparameters": hyperparameters(args),
         "versions": versions(),
-        "threads": options.threads,
+        "threads": args.threads,
         "code_sha256": code_sha256(side),
     }
     return all(result.get(name) == wanted[name] for name in wanted)
@@ -294,9 +308,17 @@ def _is_of(result: Result, side: str, recipe: Recipe, options: Options) -> bool:
 
 def show(a: Result, b: Result, comparison: Comparison) -> None:
     """Print the comparison as a table, with the verdict under it."""
-    table = Table(
-        title=f"{a['lesson']} on {a['data']}: {a['side']} and {b['side']}", title_justify="left"
-    )
+    title = f"{a['lesson']} on {a['data']}: {a['side']} and {b['side']}"
+    times = ", ".join(f"{result['side']} {result['train_seconds']:.1f}" for result in (a, b))
+    print_stages(title, comparison, ("seconds of training", "", times))
+    if comparison.agree:
+        steps, accuracy = len(a["train_loss"]), a["test_accuracy"]
+        print(f"The two sides agree: {steps:,} batches, test accuracy {accuracy:.2%}.")
+
+
+def print_stages(title: str, comparison: Comparison, *more: tuple[str, str, str]) -> None:
+    """Print the stages as a table, `more` rows under them, and the first difference if any."""
+    table = Table(title=title, title_justify="left")
     table.add_column("stage")
     table.add_column("compared", justify="right")
     table.add_column("result")
@@ -308,15 +330,11 @@ def show(a: Result, b: Result, comparison: Comparison) -> None:
             verdict = "not compared"
         table.add_row(NAMES[stage.name], f"{stage.compared:,}", verdict)
     table.add_section()
-    for name in ("train_seconds", "test_seconds"):
-        times = ", ".join(f"{result['side']} {result[name]:.1f}" for result in (a, b))
-        table.add_row(name.replace("_", " "), "", times)
+    for row in more:
+        table.add_row(*row)
     Console().print(table)
     if first := comparison.first_difference:
         print(f"The two sides differ, first in {NAMES[first.name]}: {first.difference}.")
-    else:
-        steps, accuracy = len(a["train_loss"]), a["test_accuracy"]
-        print(f"The two sides agree: {steps:,} steps, test accuracy {accuracy:.2%}.")
 
 
 def show_all(pairs: list[tuple[Result, Result, Comparison]]) -> None:
@@ -324,7 +342,7 @@ def show_all(pairs: list[tuple[Result, Result, Comparison]]) -> None:
     table = Table(title="all lessons: plain and lightning", title_justify="left")
     for name in ("lesson", "data"):
         table.add_column(name)
-    for name in ("steps", "compared", "test accuracy", "train seconds"):
+    for name in ("batches", "compared", "test accuracy", "train seconds"):
         table.add_column(name, justify="right")
     table.add_column("result")
     for a, b, comparison in pairs:
@@ -349,9 +367,9 @@ NAMES = {
     "steps": "loss of every step",
     "weights": "final weights",
     "optimizer": "optimizer state",
-    "random": "state of the random generators",
+    "random": "random-number generators",
     "metrics": "counts and averages",
-    "decisions": "decisions",
+    "checkpoints": "checkpoints",
 }
 
 

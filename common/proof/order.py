@@ -1,19 +1,20 @@
 """Record in which order both sides of the lesson `optimize` call what makes up a step.
 
-`python -m common.order [--picture FILE]` trains each side for four batches, which are two optimizer
-steps, in a process of its own: in single precision, in bfloat16 and in float16. It prints both
-orders of the last step, and whether all are equal. Exit status 0: they are; 1: they differ; 2: a
-side could not be recorded.
+`python -m common.proof.order [--picture FILE]` trains each side for four batches, which are two
+optimizer steps, in a process of its own: in single precision, in bfloat16 and in float16. It prints
+both orders of the last step, and whether all are equal. Exit status 0: they are; 1: they differ; 2:
+a side could not be recorded.
 
 On a CPU the Trainer takes bfloat16 where float16 is asked for, and that needs no scaler. To record
 the scaler on any machine, lightning/optimize.py then runs with one line replaced: `WITH_SCALER`.
 """
 
-from common import ROOT, SIDES, data, shapes
-from common.data import PIXELS, Data, EpochSampler, Images
+from common import ROOT, SIDES, shapes
+from common.data import Data, EpochSampler, Images
 from common.messages import BadInput, Parser, clear_messages
-from common.options import Options
-from common.recipes import RECIPES
+from common.models import NormNet
+from common.proof.lessons import load
+from common.run import ready
 
 import contextlib
 import inspect
@@ -44,7 +45,7 @@ from torch.optim.swa_utils import AveragedModel
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # the last one, with most calls, is drawn
 WITH_SCALER = (
-    "precision=recipe.precision,",
+    "precision=args.precision,",
     'plugins=[L.pytorch.plugins.MixedPrecision("16-mixed", "cpu")],',
 )
 SCHEDULES = (LRScheduler.step, SequentialLR.step, ReduceLROnPlateau.step)
@@ -52,7 +53,7 @@ SCHEDULES = (LRScheduler.step, SequentialLR.step, ReduceLROnPlateau.step)
 WATCHED: dict[str, tuple[str, str, tuple[Callable, ...]]] = {
     "begin the epoch": ("", "", (EpochSampler.set_epoch,)),
     "autocast on": ("forward", "with torch.autocast(...):", (torch.autocast.__enter__,)),
-    "forward pass": ("forward", "model(images)", ()),  # that of the recipe's model
+    "forward pass": ("forward", "model(images)", ()),  # that of the lesson's network
     "compute the loss": ("forward", "F.cross_entropy(...)", (F.cross_entropy,)),
     "autocast off": ("forward", "(its block ends)", (torch.autocast.__exit__,)),
     "clear the gradients": ("backward", "optimizer.zero_grad()", (Optimizer.zero_grad,)),
@@ -141,17 +142,21 @@ def _caller(frame: FrameType) -> str:
     return ("" if own else "Lightning's ") + outer.f_code.co_qualname
 
 
-def settings(precision: str) -> tuple[Any, Options]:
-    """Return recipe and options of what is recorded: two steps, of which the second is logged."""
-    recipe = replace(RECIPES["optimize"], batch_size=8, max_epochs=1, precision=precision)
-    options = Options(accelerator="cpu", limit_train_batches=4, log_every_n_steps=2)
-    return recipe, replace(options, limit_val_batches=1, limit_test_batches=1)
+def settings(lesson: ModuleType, side: str, precision: str) -> Any:
+    """Return the Args of what is recorded: two steps, of which the second is logged."""
+    few: dict[str, Any] = {"limit_train_batches": 4, "limit_val_batches": 1}
+    few |= {"limit_test_batches": 1, "log_every_n_steps": 2, "refresh_rate": 0}
+    args = lesson.Args(batch_size=8, max_epochs=1, accelerator="cpu", **few)
+    args = ready(args, ROOT / side / "optimize.py")
+    args.precision = precision  # now: for 16-mixed on the CPU `ready` would refuse it
+    return args
 
 
-def record(lesson: ModuleType, recipe: Any, options: Options) -> list[Call]:
+def record(lesson: ModuleType, args: Any) -> list[Call]:
     """Run one side of the lesson for one epoch and return the calls of all its steps, in order."""
-    with recorded(lesson, recipe.model) as calls:
-        lesson.run(recipe, options)
+    torch.set_num_threads(args.threads)
+    with recorded(lesson, NormNet) as calls:
+        lesson.main(args)
     return calls[1 + [call.name for call in calls].index("begin the epoch") :]
 
 
@@ -218,27 +223,21 @@ def record_side(side: str) -> dict[str, list[Call]]:
 
     For a process of its own, that ends then: both sides have modules of the same names.
     """
-    images = Images(*shapes.draw_shapes(32, seed=1), PIXELS[RECIPES["optimize"].pixels])
-    few = Data("shapes", shapes.CLASSES, images, images, images)
-    data.load_data = lambda recipe, options: few  # before the lesson imports it
-    path = ROOT / side / "optimize.py"
-    sys.path.insert(0, str(path.parent))
+    drawn = Images(*shapes.draw_shapes(32, seed=1), name="shapes", classes=shapes.CLASSES)
+    few = Data(*(replace(drawn, split=split) for split in ("train", "val", "test")))
     found = {}
     for precision in PRECISIONS:
-        source = path.read_text(encoding="utf-8")
-        if side == "lightning" and precision == "16-mixed":
-            assert source.count(WITH_SCALER[0]) == 1, f"{path} lacks '{WITH_SCALER[0]}'"
-            source = source.replace(*WITH_SCALER)
-        lesson = ModuleType("optimize")
-        exec(compile(source, str(path), "exec"), lesson.__dict__)
-        found[precision] = record(lesson, *settings(precision))
+        scaled = side == "lightning" and precision == "16-mixed"
+        lesson = load(side, "optimize", *([WITH_SCALER] if scaled else []))
+        lesson.load_images = lambda name, args, transform: few  # type: ignore[attr-defined]
+        found[precision] = record(lesson, settings(lesson, side, precision))
     return found
 
 
 def _record_elsewhere(side: str) -> dict[str, list[Call]]:
     """Return what `record_side` does, from a process and a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="order-") as folder:
-        command = [sys.executable, "-m", "common.order", "--side", side]
+        command = [sys.executable, "-m", "common.proof.order", "--side", side]
         ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if ended.returncode:
         said = (ended.stderr.splitlines() or ["nothing"])[-1]
@@ -252,7 +251,9 @@ def main(argv: list[str]) -> int:
 
     Raises BadInput where a side breaks off, or the picture has another format.
     """
-    parser = Parser(prog="common.order", description="Record the order of a step on both sides.")
+    parser = Parser(
+        prog="common.proof.order", description="Record the order of a step on both sides."
+    )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="a .png file to draw it into")
     parser.add_argument("--side", choices=SIDES, help="print, as JSON, what this side alone calls")
     arguments = parser.parse_args(argv)

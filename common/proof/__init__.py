@@ -1,0 +1,1 @@
+"""Watches a training from outside, and compares two of them. No lesson imports it."""

@@ -1,0 +1,38 @@
+"""Finds the lessons, and loads one without running it."""
+
+from common import ROOT
+from common.networks import NETWORKS
+
+import sys
+from types import ModuleType
+
+
+def lessons() -> list[str]:
+    """Return the names of all lessons, in the order in which they are learned."""
+    return list(dict.fromkeys(network.lesson for network in NETWORKS))
+
+
+def load(side: str, name: str, *changes: tuple[str, str]) -> ModuleType:
+    """Import SIDE/NAME.py as a module of its own, after replacing each old text by a new one.
+
+    Both sides have modules of the same names: while one is loaded, its folder is first on the
+    path, as when Python runs the script, and its siblings are forgotten afterwards. Raises
+    ValueError where an old text does not stand there just once.
+    """
+    path = ROOT / side / f"{name}.py"
+    source = path.read_text(encoding="utf-8")
+    for old, new in changes:
+        if source.count(old) != 1:
+            raise ValueError(f"{path} has {source.count(old)} times: {old}")
+        source = source.replace(old, new)
+    module = ModuleType(f"{side}_{name}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where dataclasses look for it
+    sys.path.insert(0, str(path.parent))
+    try:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+    finally:
+        sys.path.remove(str(path.parent))
+        for sibling in path.parent.glob("*.py"):
+            sys.modules.pop(sibling.stem, None)
+    return module

@@ -1,0 +1,178 @@
+"""Trains under observation, and writes what came of it: result.json, weights.pt, pictures, a table.
+
+`watch(main, args)` is what `common.run.run` does with a lesson, and what the tests do.
+"""
+
+from common import checkpoints, figures
+from common.data import Data, Images, count_samples, processes
+from common.folders import EVIDENCE, read_metrics, read_rows, write_rows, write_whole
+from common.messages import notice
+from common.proof.evidence import Evidence
+from common.proof.fingerprints import code_sha256, fingerprints, sha256, versions
+from common.run import evidence_file
+
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Result = dict[str, Any]  # what result.json holds
+
+
+def watch(main: Callable[[Any], nn.Module], args: Any) -> Result:
+    """Train, write the results into args.folder, and return what result.json holds.
+
+    Of several processes, the first one writes, and the others get {}. A number that is not finite,
+    as after too large a learning rate, becomes None: JSON has no other word for it.
+    """
+    torch.set_num_threads(args.threads)
+    before = args.ckpt_path.resolve().parents[1] / EVIDENCE if args.begun_at else None
+    with Evidence(evidence_file(args), args.begun_at, before, args.rows_before) as evidence:
+        net = main(args)
+    found = evidence.found(net)
+    if processes()[0] > 0:
+        return {}
+    # The Trainer has moved the network back to the CPU: it is tested again where it was trained.
+    device = evidence.device or next(net.parameters()).device
+    net.to(device)
+    folder, test = args.folder, evidence.images["test"]
+    if args.rows_before:  # the logger of each process begins metrics.csv anew
+        write_rows(folder / "metrics.csv", [*args.rows_before, *read_rows(folder)])
+    val, tested = read_metrics(folder, "val"), read_metrics(folder, "test")[-1]
+    counts = confusion(net, test, count_samples(test, args), getattr(args, "precision", ""))
+    per_class = (counts.diag() / counts.sum(1).clamp(min=1)).tolist()
+    content = io.BytesIO()  # into a file by name, torch.save would write that name too
+    torch.save({name: value.detach().cpu() for name, value in net.state_dict().items()}, content)
+    weights = content.getvalue()
+    result = {
+        "lesson": args.lesson,
+        "side": args.side,
+        "data": test.name,
+        "seed": args.seed,
+        "hyperparameters": hyperparameters(args),
+        "versions": versions(),
+        "device": device.type,  # without the number that one side gives
+        "threads": args.threads,
+        "train_loss": found["train_loss"],
+        **{f"val_{name}": [row[name] for row in val] for name in ("loss", "accuracy", "f1")},
+        **{f"test_{name}": tested[name] for name in ("loss", "accuracy", "f1")},
+        "test_accuracy_per_class": dict(zip(test.classes, per_class, strict=True)),
+        "confusion_matrix": counts.tolist(),
+        "checkpoints": written(folder),
+        "train_seconds": found["train_seconds"],
+        "weights_sha256": sha256(weights),
+        "code_sha256": code_sha256(args.side),
+        "fingerprints": found["fingerprints"],
+    }
+    result = finite(result)
+    write_whole(folder / "weights.pt", lambda path: path.write_bytes(weights))
+    # A run that was resumed from its last step may make no loader to train or to validate.
+    data = Data(*(evidence.made.get(split, test) for split in ("train", "val", "test")))
+    for name, figure in figures.draw(net.cpu().eval(), data, result, read_rows(folder)).items():
+        write_whole(folder / name, figure.savefig)
+    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
+    text = "{\n" + ",\n".join(lines) + "\n}\n"  # a line for each name
+    # Last: where it is, the rest is too.
+    write_whole(folder / "result.json", lambda path: path.write_text(text))
+    return result
+
+
+@torch.no_grad()
+def confusion(net: nn.Module, images: Images, count: int, precision: str) -> Tensor:
+    """Test a network on the first `count` images: counts[true class, predicted class], [10, 10].
+
+    `precision` is that of the lesson: another one would decide some images otherwise.
+    """
+    net.eval()
+    parameter = next(net.parameters())
+    device, counts = parameter.device, torch.zeros(100, dtype=torch.long)
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    with torch.autocast(device.type, half, enabled=half is not None):
+        for first in range(0, count, 512):
+            batch, labels = images.__getitems__(list(range(first, min(first + 512, count))))
+            predicted = net(batch.to(parameter)).argmax(1).cpu()
+            counts += torch.bincount(10 * labels + predicted, minlength=100)
+    return counts.reshape(10, 10)
+
+
+def hyperparameters(args: Any) -> dict[str, Any]:
+    """Return the settings that both runs of a comparison must share, as JSON can hold them."""
+    settings = args.settings()
+    for name in ("seed", "lesson", "data", "classes"):  # which have a place of their own
+        del settings[name]
+    start = Path(settings.get("start_from") or "none")
+    if start.is_file():  # another content under the same name makes another run
+        settings["start_from"] = f"{start}, sha256 {sha256(start.read_bytes())}"
+    return settings
+
+
+def written(folder: Path) -> dict[str, str]:
+    """Say what the checkpoints hold that a run left: epoch, step and a digest of the weights."""
+    found, steps = {}, sorted((folder / "checkpoints").glob("step_*.ckpt"))
+    for path in [*sorted((folder / "checkpoints").glob("[bl]*.ckpt")), *steps[-1:]]:  # best, last
+        content = checkpoints.read(path)
+        weights = fingerprints(checkpoints.weights(content, path))
+        digest = sha256(json.dumps(weights, sort_keys=True).encode())[:8]
+        found[path.name] = f"epoch {content['epoch']}, step {content['global_step']:,}, {digest}"
+    return found
+
+
+def show(result: Result, args: Any) -> None:
+    """Print the final table, the same on both sides."""
+    if not result:
+        return  # with several processes, the first one shows
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result['lesson']}: test on {result['data']}", title_justify="left")
+    table.add_column("")
+    table.add_column(result["side"], justify="right")
+    loss = result["test_loss"]
+    table.add_row("loss", "not a number" if loss is None else f"{loss:.4f}")
+    table.add_row("accuracy", f"{result['test_accuracy']:.2%}")
+    table.add_row("macro F1", f"{result['test_f1']:.4f}", end_section=True)
+    for name, accuracy in result["test_accuracy_per_class"].items():
+        table.add_row(f"accuracy, {name}", f"{accuracy:.2%}")
+    table.add_section()
+    for name, value in result["checkpoints"].items():
+        table.add_row(name, value)
+    if result["checkpoints"]:
+        table.add_section()
+    table.add_row("training batches", f"{len(result['train_loss']):,}")
+    table.add_row("seconds of training", f"{result['train_seconds']:.1f}")
+    table.add_row("device, threads", f"{result['device']}, {result['threads']}")
+    table.add_row("sha256 of the weights", result["weights_sha256"][:16])
+    Console().print(table)
+    if None in result["train_loss"]:
+        step = result["train_loss"].index(None) + 1
+        print(f"The loss of step {step} is not a number: nothing was learned; try a smaller --lr.")
+    elif loss is None:
+        print("The test loss is not a number: the last steps spoiled it; try a smaller --lr.")
+    counts = torch.tensor(result["confusion_matrix"])
+    returned = (counts.diag().sum() / counts.sum()).item()
+    if not math.isclose(returned, result["test_accuracy"], abs_tol=1e-6) and not args_tta(args):
+        notice(
+            f"main returned a network that has {returned:.2%} of the test images right, and logged",
+            f"{result['test_accuracy']:.2%}: it is not the one that was tested.",
+        )
+    files = ", ".join(sorted(path.name for path in args.folder.iterdir()))
+    print(f"Written to {args.folder}/: {files}")
+
+
+def args_tta(args: Any) -> bool:
+    """Tell whether the lesson tests each image several times, and not the network alone."""
+    return getattr(args, "tta", False)
+
+
+def finite(value: Any) -> Any:
+    """Replace each number that is not finite by None, also within lists and dicts."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
