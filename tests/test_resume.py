@@ -8,6 +8,7 @@ from common.data import EpochSampler, make_loaders
 from common.folders import EVIDENCE, FILES
 from common.messages import BadInput, clear_messages
 from common.proof.evidence import read
+from common.proof.lessons import load
 from common.proof.parity import compare_results
 from common.run import run
 
@@ -1241,7 +1242,7 @@ CONTROLS = {
         at_load("checkpoint[\"state_dict\"] = self.state_dict()"),
     ),
     "the place in the order": (
-        "lightning", 13, "data", ("    sampler.skip(epoch, done * batch_size)\n", ""),
+        "lightning", 13, "data", ("    loader.sampler.skip(epoch, done * batch_size)\n", ""),
     ),
     "the schedule": ("lightning", 13, "steps", at_load("checkpoint[\"lr_schedulers\"] = []")),
     "the optimizer's state": (
@@ -1283,6 +1284,9 @@ def test_there_are_enough():
         assert sum(own == side for own, *_ in CONTROLS.values()) >= 9
     stages = {stage for _, _, stage, *_ in CONTROLS.values()}
     assert stages == {"data", "steps", "weights", "random"}
+    # Most of them run with the slow tests alone: here, that each finds what it changes.
+    for own, _, _, *changes in CONTROLS.values():
+        load(own, "resume", *changes)
 
 
 @pytest.fixture(scope="module")
