@@ -27,6 +27,18 @@ def count(what: str, how_many: int = 1) -> None:
     COMPARED[what] = COMPARED.get(what, 0) + how_many
 
 
+# What parity compares, in this order; the last where a lesson leaves checkpoints.
+STAGES = ["data", "start", "steps", "weights", "optimizer", "random", "metrics"]
+WITH_CHECKPOINTS = [*STAGES, "checkpoints"]
+
+
+def assert_agree(comparison, stages) -> None:
+    """Assert that just these stages were compared, none of them empty, and that all agree."""
+    assert comparison.agree, comparison.first_difference
+    assert [stage.name for stage in comparison.stages] == stages
+    assert all(stage.compared > 0 for stage in comparison.stages)
+
+
 def some(names, every: int = 4) -> list:
     """Parameters of a test: each fourth is run by `make test`, the others by `make test-slow`."""
     return [

@@ -8,9 +8,19 @@ import itertools
 
 import pytest
 import torch
-from helpers import SIDES, Noisy, count, lessons, load_lesson, small_data, train
+from helpers import (
+    SIDES,
+    STAGES,
+    WITH_CHECKPOINTS,
+    Noisy,
+    assert_agree,
+    count,
+    lessons,
+    load_lesson,
+    small_data,
+    train,
+)
 
-STAGES = ["data", "start", "steps", "weights", "optimizer", "random", "metrics"]
 CHECKPOINTS = ("callbacks", "finetune", "optimize", "parallel", "resume")  # these leave some
 # 120 images: batches of 8 divide them, batches of 16 leave a last one of 8.
 GRID = list(itertools.product((0, 1, 2), (2, 3), (8, 16), (0.02, 0.05), (1, 2)))
@@ -30,10 +40,7 @@ def both(tmp_path, monkeypatch, lesson="cifar", **settings):
 
 def assert_same(plain, lightning, steps):
     comparison = compare_results(plain, lightning)
-    assert comparison.agree, comparison.first_difference
-    stages = STAGES + ["checkpoints"] * (plain["lesson"] in CHECKPOINTS)
-    assert [stage.name for stage in comparison.stages] == stages
-    assert all(stage.compared > 0 for stage in comparison.stages)
+    assert_agree(comparison, WITH_CHECKPOINTS if plain["lesson"] in CHECKPOINTS else STAGES)
     assert plain["weights_sha256"] == lightning["weights_sha256"]  # weights.pt, byte for byte
     assert len(plain["train_loss"]) == len(lightning["train_loss"]) == steps
     count("pairs of runs, bit for bit")
