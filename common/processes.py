@@ -151,9 +151,10 @@ def begin(args: Any) -> None:
     Raises BadInput, in all of them, with the first setting that is not the same everywhere, and
     where the training cannot be resumed from the checkpoint.
     """
-    from common.proof.fingerprints import code_sha256, versions
+    from common.proof.fingerprints import code_sha256, sha256, versions
 
-    mine = args.settings() | versions() | {"side": args.side, "code": code_sha256(args.side)}
+    code = sha256(repr(code_sha256(args.side)).encode())
+    mine = args.settings() | versions() | {"side": args.side, "code": code}
     del mine["data"]  # what "auto" finds, `in_turn` compares
     restarts, begun = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get(BEGUN)
     again = Path(begun).exists() if begun else restarts != "0"
