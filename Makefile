@@ -40,7 +40,7 @@ endif
 .DEFAULT_GOAL := help
 .DEFAULT:
 	$(error $(UNCLEAR))
-.PHONY: help setup quick parity doctor controls pitfalls ledger bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
+.PHONY: help setup quick parity doctor controls pitfalls ledger hooks bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
 
 help: # print the commands, in groups
 	@echo "usage: make COMMAND [ARGS=\"--max-epochs 5\"]    NAME is a lesson:"
@@ -114,6 +114,9 @@ bench-startup: .venv/ready ## measure what a whole command takes beside the impo
 ##@ Pages
 ledger: .venv/ready ## write docs/ledger.md anew: the line numbers of what the Trainer does
 	@$(BIN)/python -m common.proof.ledger
+
+hooks: .venv/ready ## write docs/hooks.md anew: each hook of one fit beside the plain lines
+	@$(BIN)/python -m common.proof.hooks $(ARGS)
 
 pitfalls: .venv/ready ## run the code of docs/pitfalls.md and docs/sameness.md, and write its numbers anew
 	@$(BIN)/python tests/pages.py
