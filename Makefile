@@ -11,7 +11,10 @@ MACHINES = $(DEVICES:%=--devices %) $(NODES:%=--num-nodes %) $(RDZV:%=--rdzv-end
 BIN := .venv/bin
 # Tests run in as many processes as there are cores; those of a file in one, which share trainings.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile
-LESSONS := $(basename $(notdir $(wildcard plain/*.py)))
+# The lessons, in the order in which they are learned; one that is new comes last.
+FILES := $(basename $(notdir $(wildcard plain/*.py)))
+ORDER := cifar fashion callbacks resume optimize parallel speed finetune
+LESSONS := $(strip $(filter $(FILES),$(ORDER)) $(filter-out $(ORDER),$(FILES)))
 # uv must take the Python of this machine, never fetch one of its own.
 export UV_PYTHON_DOWNLOADS := never
 
@@ -40,7 +43,7 @@ endif
 .DEFAULT_GOAL := help
 .DEFAULT:
 	$(error $(UNCLEAR))
-.PHONY: help setup quick parity doctor controls pitfalls ledger hooks bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
+.PHONY: help setup quick parity doctor controls pitfalls ledger hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
 
 help: # print the commands, in groups
 	@echo "usage: make COMMAND [ARGS=\"--max-epochs 5\"]    NAME is a lesson:"
@@ -117,6 +120,9 @@ ledger: .venv/ready ## write docs/ledger.md anew: the line numbers of what the T
 
 hooks: .venv/ready ## write docs/hooks.md anew: each hook of one fit beside the plain lines
 	@$(BIN)/python -m common.proof.hooks $(ARGS)
+
+overview: .venv/ready ## draw the README's picture from the last make parity-cifar
+	@$(BIN)/python -m common.proof.overview
 
 pitfalls: .venv/ready ## run the code of docs/pitfalls.md and docs/sameness.md, and write its numbers anew
 	@$(BIN)/python tests/pages.py

@@ -1,6 +1,7 @@
 """The Makefile: what it prints, and what it says where Python is missing."""
 
 from common import ROOT
+from common.proof.lessons import lessons
 
 import os
 import re
@@ -8,7 +9,7 @@ import shutil
 import subprocess
 
 import pytest
-from helpers import count, lessons
+from helpers import count
 
 
 def make(*arguments, cwd=ROOT):
