@@ -64,8 +64,7 @@ def test_a_line_that_is_gone_is_named():
 
 def test_the_quoted_code_stands_in_the_lessons():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
-    sides = ("plain", "plain", "lightning", "lightning")
+    sides = ("plain", "lightning", "lightning")
     for block, side in zip(blocks, sides, strict=True):
         source = [line.strip() for line in (ROOT / side / "cifar.py").read_text().splitlines()]
         place = 0
@@ -76,7 +75,7 @@ def test_the_quoted_code_stands_in_the_lessons():
 
 def test_the_commands_exist():
     commands = re.findall(r"^make(?: ([a-z-]+))?(?: |$)", README, re.MULTILINE)
-    assert len(commands) >= 9
+    assert len(commands) >= 7
     for target in filter(None, commands):
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
     for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):

@@ -14,8 +14,6 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 PICTURE = ROOT / "docs" / "both.png"
 
 
@@ -24,13 +22,14 @@ def draw(losses: list[list[Any]], title: str, steps: list[list[Call]], path: Pat
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(1.25, 1)))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1.25, 1))
+    left, right = halves
     draw_losses(left, losses, title)
     axis = right.add_axes((0, 0, 1, 1))
     rows = list(itertools.zip_longest(*steps))
     axis.set(xlim=(0, 100), ylim=(len(rows) + 0.3, -1.7))
     axis.axis("off")
-    axis.text(50, -1.3, "One optimizer step of `optimize`, as recorded", ha="center", fontsize=12)
+    axis.text(50, -1.3, "One step of the lesson optimize, of two batches, as recorded", ha="center", fontsize=12)
     for column, name in enumerate(("plain", "Lightning")):
         axis.text(5 + 48 * column, -0.3, name, fontsize=11, weight="bold")
         for row, pair in enumerate(rows):
