@@ -29,7 +29,13 @@ def draw(losses: list[list[Any]], title: str, steps: list[list[Call]], path: Pat
     rows = list(itertools.zip_longest(*steps))
     axis.set(xlim=(0, 100), ylim=(len(rows) + 0.3, -1.7))
     axis.axis("off")
-    axis.text(50, -1.3, "One step of the lesson optimize, of two batches, as recorded", ha="center", fontsize=12)
+    axis.text(
+        50,
+        -1.3,
+        "One step of the lesson optimize, of two batches, as recorded",
+        ha="center",
+        fontsize=12,
+    )
     for column, name in enumerate(("plain", "Lightning")):
         axis.text(5 + 48 * column, -0.3, name, fontsize=11, weight="bold")
         for row, pair in enumerate(rows):
