@@ -66,9 +66,15 @@ SECONDS = 0.4  # that the steps of one measurement shall take
 PROFILED = (4, 128)  # batch sizes
 MODELS: dict[str, type[nn.Module]] = {"Net": Net, "DeepNet": DeepNet}
 WAYS = ("floor", "plain", "tutorial", "bare", "lesson", "defaults")
-COLORS = dict(
-    zip(WAYS, ("grey", "tab:blue", "tab:red", "gold", "tab:orange", "brown"), strict=True)
-)
+# How each way is drawn: its name, its colour of Okabe and Ito's, its mark.
+DRAWN = {
+    "floor": ("floor", "#555555", ""),
+    "plain": ("plain loop", "#0072B2", "o"),
+    "tutorial": ("the tutorial's form", "#000000", "s"),
+    "bare": ("Lightning, bare", "#009E73", "^"),
+    "lesson": ("Lightning, the lesson", "#D55E00", "D"),
+    "defaults": ("Lightning, its defaults", "#CC79A7", "v"),
+}
 
 
 class Case(NamedTuple):
@@ -518,15 +524,16 @@ def draw(found: dict[str, Any]) -> Figure:
                 [m - min(r) for m, r in zip(middle, every, strict=True)],
                 [max(r) - m for m, r in zip(middle, every, strict=True)],
             ]
-            panel.errorbar(range(len(sizes)), middle, spread, label=way, color=COLORS[way],
-                           marker="o", capsize=3)  # fmt: skip
-        panel.axhline(1, color=COLORS["floor"], linestyle="--", label="floor")
+            label, color, mark = DRAWN[way]
+            panel.errorbar(range(len(sizes)), middle, spread, label=label, color=color,
+                           marker=mark, capsize=3)  # fmt: skip
+        panel.axhline(1, color=DRAWN["floor"][1], linestyle="--", label="floor")
         panel.set_yscale("log")
         panel.set_yticks([1, 1.5, 2, 3, 5, 8], ["1", "1.5", "2", "3", "5", "8"])
         panel.minorticks_off()
         panel.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         panel.set(title=model, xlabel="images in a batch", ylabel="time of a step / floor")
-    panel.legend(fontsize="small")
+        panel.legend(fontsize="small")
     return figure
 
 

@@ -18,7 +18,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-COLORS = {"plain": "tab:blue", "lightning": "tab:orange"}
+# Of Okabe and Ito's colours, which nearly everyone can tell apart.
+COLORS = {"plain": "#0072B2", "lightning": "#D55E00"}
+NAMES = {"plain": "plain", "lightning": "Lightning"}
+RINGS = (("#009E73", "o"), ("#CC79A7", "s"), ("#000000", "^"))  # by the number of processes
 
 
 def fit(sizes: list[int], seconds: list[float], devices: int) -> dict[str, float]:
@@ -197,9 +200,10 @@ def draw(found: dict[str, Any]) -> Figure:
             ends = 1e3 * np.array([r["spread"] for r in mine]).T
             bars = np.abs(ends - steps)
             places = np.array(counts) + 0.04 * SIDES.index(side)  # beside each other
-            axis.errorbar(places, steps, bars, fmt="o-", color=COLORS[side], capsize=4, label=side)
+            axis.errorbar(places, steps, bars, fmt="o-", color=COLORS[side], capsize=4,
+                          label=NAMES[side])  # fmt: skip
             silent = [1e3 * r["silent"] for r in mine]
-            label = f"{side}, gradients not sent"
+            label = f"{NAMES[side]}, gradients not sent"
             axis.plot(counts, silent, "x--", color=COLORS[side], label=label, alpha=0.7)
         plain = [r for r in rows if (r["batch_size"], r["side"]) == (batch_size, "plain")]
         for name, style in (("ideal", ":"), ("ideal_of_cores", "-.")):
@@ -207,11 +211,12 @@ def draw(found: dict[str, Any]) -> Figure:
             axis.plot(counts, [1e3 * r[name] for r in plain], style, color="gray", label=label)
         axis.set(title=f"{batch_size} images in a step", ylim=(0, None), xticks=counts)
         axis.set(xlabel="processes", ylabel="milliseconds of a step")
-    panels[0].legend(fontsize=8)
+        axis.legend(fontsize=8)
     for number, (count, link) in enumerate(links(found).items()):
         mine = [row for row in found["all_reduce"] if row["devices"] == int(count)]
-        sizes, color = np.array([row["bytes"] for row in mine]), f"C{2 + number}"
-        last.loglog(sizes, [1e3 * median(row["seconds"]) for row in mine], "o", color=color)
+        sizes = np.array([row["bytes"] for row in mine])
+        color, mark = RINGS[number % len(RINGS)]
+        last.loglog(sizes, [1e3 * median(row["seconds"]) for row in mine], mark, color=color)
         way = ring.Link("", link["alpha"], link["beta"])
         line = [1e3 * ring.ring(int(count), size, way) for size in sizes]
         last.loglog(sizes, line, color=color, label=f"{count} processes, and the ring fitted")

@@ -87,28 +87,29 @@ def _samples(data: Data) -> "Figure":
 
 
 def _curves(result: dict[str, Any]) -> "Figure":
-    """Draw the training loss of every step with its running mean, and the validation results."""
-    figure = _figure(10, 4)
+    """Draw the training loss, its mean and its spread, and the validation results."""
+    validated = bool(result["val_loss"])  # without a validation there is one panel alone
+    figure = _figure(10 if validated else 5.5, 4)
     figure.suptitle(_heading(result))
-    left, right = figure.subplots(
-        1, 2, gridspec_kw={"left": 0.07, "right": 0.98, "bottom": 0.13, "wspace": 0.2}
-    )
+    sides = {"left": 0.07 if validated else 0.12, "right": 0.98, "bottom": 0.13, "wspace": 0.2}
+    left, *more = figure.subplots(1, 1 + validated, squeeze=False, gridspec_kw=sides)[0]
     losses = torch.tensor([math.nan if x is None else x for x in result["train_loss"]])
     # What was seen is what was backpropagated: of a group of batches, each its share.
     losses *= result["hyperparameters"].get("accumulate_grad_batches", 1)
-    window = max(1, len(losses) // 20)
-    means = losses.unfold(0, window, 1).mean(1).numpy()
-    left.plot(
-        range(1, len(losses) + 1),
-        losses.numpy(),
-        color="lightgray",
-        linewidth=0.3,
-        label="each step",
-    )
-    left.plot(range(window, len(losses) + 1), means, color=BLUE, label=f"mean of {window:,} steps")
+    # The losses of single batches would be a wall. Each point stands for a group of steps.
+    group = max(1, len(losses) // 50)
+    groups = losses[: len(losses) // group * group].view(-1, group).numpy()
+    ends = np.arange(1, len(groups) + 1) * group
+    low, high = (np.quantile(groups, share, axis=1) for share in (0.1, 0.9))
+    of = "each step" if group == 1 else f"mean of {group:,} steps"
+    left.plot(ends, groups.mean(1), color=BLUE, label=of)
+    if group > 1:
+        left.fill_between(ends, low, high, color=BLUE, alpha=0.2, label="80 % of them")
     left.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, None))
-    if np.isfinite(means).any():
-        left.set_ylim(0, 1.1 * means[np.isfinite(means)].max())
+    left.legend()
+    if not validated:
+        return figure
+    (right,) = more
     epochs = range(len(result["val_loss"]))  # from 0 on, as everywhere else
     right.plot(epochs, result["val_accuracy"], "o-", color=BLUE, label="validation accuracy")
     right.plot(epochs, result["val_f1"], "s--", color=ORANGE, label="validation macro F1")
@@ -119,9 +120,7 @@ def _curves(result: dict[str, Any]) -> "Figure":
         ylim=(0, 1),
         xticks=epochs[:: 1 + len(epochs) // 20],
     )
-    for axis in (left, right):
-        for line in axis.legend().get_lines():
-            line.set_linewidth(1.5)  # that of the single steps is too thin to be seen
+    right.legend()
     return figure
 
 

@@ -71,7 +71,7 @@ class LitOptimize(LitClassifier):
 
     def configure_optimizers(self):
         optimizer = make_optimizer(self.model, self.hparams)
-        #: Of optimizer steps, not of batches: the Trainer has divided.
+        #: It counts optimizer steps, not batches: the Trainer has divided.
         steps = self.trainer.estimated_stepping_batches
         schedule = make_schedule(optimizer, self.hparams, steps)
         plateau = self.hparams.schedule == "plateau"

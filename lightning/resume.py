@@ -39,7 +39,7 @@ class Args(Options):
 
 # %% Save and load
 class SafeIO(TorchCheckpointIO):
-    #: The Trainer's own writer does not sync, and may go by a folder on another disk.
+    #: The Trainer's own writer does not sync, and may use another disk's folder.
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         checkpoints.save(Path(path), checkpoint)
 

@@ -120,7 +120,7 @@ def main(args):
         callbacks=[TQDMProgressBar(args.refresh_rate)],
         enable_checkpointing=False,
         enable_model_summary=False,
-        #: torch.compile goes by the first batch: let it be one to train on.
+        #: torch.compile compiles for the first batch: let it be one to train on.
         num_sanity_val_steps=0,
     )
     #: No DataLoader: the Trainer takes any iterable with a length, and calls set_epoch

@@ -337,9 +337,10 @@ def test_parity_of_all_lessons(tmp_path, monkeypatch, capsys):
     result = json.loads(path.read_text())
     result["train_loss"][2] += 1e-7
     path.write_text(json.dumps(result))
+    monkeypatch.setattr(parity_module, "explain", lambda *_: "Because.")  # trains both once more
     assert parity(arguments) == 1
     said = capsys.readouterr().out
-    assert "running the" not in said
+    assert "running the" not in said and "Because." in said
     assert f"The two sides agree in {len(lessons()) - 1} of {len(lessons())} lessons." in said
     assert len([line for line in said.splitlines() if "DIFFERENT:" in line]) == 1
 

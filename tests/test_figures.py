@@ -82,3 +82,29 @@ def test_what_draws_nothing_does_not_import_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+def result(losses, validated=3):
+    of_epochs = {f"val_{name}": [0.5] * validated for name in ("loss", "accuracy", "f1")}
+    return of_epochs | {
+        "lesson": "cifar", "side": "lightning", "data": "shapes", "train_loss": losses,
+        "test_accuracy": 0.5, "hyperparameters": {},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [1, 30, 99, 100, 1234])
+def test_the_losses_are_drawn_as_means_and_their_spread(steps):
+    figure = figures._curves(result([1.0 + n % 2 for n in range(steps)]))
+    left, right = figure.axes
+    (line,) = left.get_lines()
+    group = max(1, steps // 50)
+    assert len(line.get_xdata()) == steps // group <= 99
+    assert np.isclose(line.get_ydata()[-1], 1.5, atol=0.51)
+    names = [text.get_text() for text in left.get_legend().get_texts()]
+    assert names == (["each step"] if group == 1 else [f"mean of {group} steps", "80 % of them"])
+    assert right.get_legend().get_texts()[0].get_text() == "validation accuracy"
+    assert figure.get_suptitle() == "cifar, Lightning, on shapes"
+
+
+def test_a_panel_without_values_is_left_out():
+    assert len(figures._curves(result([1.0, None, 2.0], validated=0)).axes) == 1
