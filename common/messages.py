@@ -47,11 +47,10 @@ class Parser(argparse.ArgumentParser):
         _exit(f"error: {message}; see --help.", status=2)
 
 
-@contextlib.contextmanager
-def clear_messages() -> Iterator[None]:
-    """Say in one sentence what the user can mend, and leave with 2, or with 130 after Ctrl-C.
+def keep_quiet() -> None:
+    """Keep off the screen what is no news to who runs a lesson.
 
-    Also keeps Lightning's advertisements and notes off the screen, and nine warnings: two about
+    These are Lightning's advertisements and notes, and nine warnings: two about
     how many processes should load data, which would cost more than our batches take; one about
     Lightning's own code; one that there are fewer steps than `--log-every-n-steps`; two that a
     run's folder, in which W&B has just begun to write, or that is resumed in, is not empty; and
@@ -73,6 +72,15 @@ def clear_messages() -> Iterator[None]:
         "The dirpath has changed",
     ):
         warnings.filterwarnings("ignore", f".*{text}")
+
+
+@contextlib.contextmanager
+def clear_messages() -> Iterator[None]:
+    """Say in one sentence what the user can mend, and leave with 2, or with 130 after Ctrl-C.
+
+    Also calls `keep_quiet`.
+    """
+    keep_quiet()
     try:
         yield
     except BadInput as error:

@@ -8,13 +8,15 @@ from common import ROOT, SIDES
 from common.messages import BadInput, clear_messages
 from common.proof.explain import draw_losses
 from common.proof.order import COLORS, KINDS, WATCHED, Call, last_step, record_elsewhere
-from common.proof.parity import read_result, settings_of
+from common.proof.parity import as_data, compare_results, read_result, settings_of
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 PICTURE = ROOT / "docs" / "both.png"
+PROOF = ROOT / "docs" / "cifar" / "parity.json"  # what the web page shows
 
 
 def draw(losses: list[list[Any]], title: str, steps: list[list[Call]], path: Path) -> None:
@@ -57,6 +59,8 @@ def main() -> None:
     title = f"cifar on {results[0]['data']}: both sides"
     steps = [last_step(record_elsewhere(side)["32-true"]) for side in SIDES]
     draw([result["train_loss"] for result in results], title, steps, PICTURE)
+    data = as_data(*results, compare_results(*results))
+    PROOF.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print(f"{PICTURE.relative_to(ROOT)}: {title}.")
 
 

@@ -248,6 +248,8 @@ def main(argv: list[str]) -> int:
         picture = args.runs_dir / args.lesson / "parity.png"
         draw(losses, f"{args.lesson} on {a['data']}: both sides", picture)
         print(f"Both loss curves, and their difference: {picture}")
+        proof = json.dumps(as_data(*pairs[-1]), indent=1)
+        picture.with_suffix(".json").write_text(f"{proof}\n", encoding="utf-8")
     if len(pairs) > 1:
         show_all(pairs)
     return 0 if all(comparison.agree for _, _, comparison in pairs) else 1
@@ -325,6 +327,30 @@ def show(a: Result, b: Result, comparison: Comparison) -> None:
         print(f"The two sides agree: {steps:,} batches, test accuracy {accuracy:.2%}.")
         if chance := at_chance(a):
             print(f"Both are still at {chance}: they agree, but there was little to agree on.")
+
+
+def as_data(a: Result, b: Result, comparison: Comparison) -> dict[str, Any]:
+    """Return a comparison as plain values, for whoever shows it: parity.json.
+
+    `losses` are the means of up to 200 groups of steps, of each side.
+    """
+    group = -(-len(a["train_loss"]) // 200)
+    losses = {}
+    for result in (a, b):
+        found = [math.nan if x is None else x for x in result["train_loss"]]
+        means = (sum(found[n : n + group]) / group for n in range(0, len(found) - group + 1, group))
+        losses[result["side"]] = [None if math.isnan(mean) else round(mean, 5) for mean in means]
+    return {
+        "lesson": a["lesson"],
+        "data": a["data"],
+        "versions": {k: v for k, v in a["versions"].items() if k != "system"},
+        "batches": len(a["train_loss"]),
+        "test_accuracy": a["test_accuracy"],
+        "agree": comparison.agree,
+        "stages": [[NAMES[s.name], s.compared, s.difference] for s in comparison.stages],
+        "steps_in_a_mean": group,
+        "losses": losses,
+    }
 
 
 def print_stages(title: str, comparison: Comparison, *more: tuple[str, str, str]) -> None:

@@ -1,0 +1,102 @@
+"""A lesson in a notebook: both sides cell by cell, and the proof at the end.
+
+`%load_ext common.proof.notebook` gives the cell magics %%plain and %%lightning, which run a cell in
+the module of that side, and `prove`. Both sides have names in common, such as `Args` and `main`;
+so each has a module of its own.
+"""
+
+from common import ROOT, SIDES
+from common.messages import keep_quiet
+from common.proof.explain import draw
+from common.proof.parity import compare_results, show
+from common.proof.watch import watch
+from common.run import ready
+
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+MODULES = {side: ModuleType(f"notebook_{side}") for side in SIDES}
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Register the magics and `prove`; called by %load_ext."""
+    for side, module in MODULES.items():
+        module.__dict__.clear()
+        module.__dict__["__name__"] = f"notebook_{side}"
+        sys.modules[f"notebook_{side}"] = module  # where dataclasses look for it
+        shell.register_magic_function(_runner(side), "cell", side)
+    shell.push({"prove": prove})
+
+
+def _runner(side: str) -> Any:
+    def run_cell(_: str, cell: str) -> None:
+        with _on_the_path(side):
+            exec(compile(cell, f"<{side}>", "exec"), MODULES[side].__dict__)
+
+    return run_cell
+
+
+@contextlib.contextmanager
+def _on_the_path(side: str) -> Iterator[None]:
+    """Let `from cifar import ...` find the file of this side, and forget it afterwards."""
+    folder = ROOT / side
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for sibling in folder.glob("*.py"):
+            sys.modules.pop(sibling.stem, None)
+
+
+def prove(lesson: str, **options: Any) -> bool:
+    """Train both sides as the cells above define them, compare and show; tell whether they agree.
+
+    `options` are the lesson's, such as max_epochs=1. The pictures go to runs/LESSON/.
+    """
+    keep_quiet()
+    results = []
+    for side in SIDES:
+        module = MODULES[side]
+        args = ready(module.Args(**options), ROOT / side / f"{lesson}.py")
+        with _one_process(hasattr(args, "start_processes")):
+            results.append(watch(module.main, args))
+        print(f"{side}: sha256 of the weights {results[-1]['weights_sha256']}")
+    comparison = compare_results(*results)
+    show(*results, comparison)
+    picture = args.runs_dir / lesson / "parity.png"
+    draw([result["train_loss"] for result in results], f"{lesson}: both sides", picture)
+    with contextlib.suppress(ImportError):  # outside of a notebook there is nothing to show it
+        from IPython.display import Image, display
+
+        display(Image(picture))
+    return comparison.agree
+
+
+@contextlib.contextmanager
+def _one_process(needed: bool) -> Iterator[None]:
+    """Let this process be all that torchrun would have started, for the lesson parallel."""
+    if not needed:
+        yield
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": 0}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "notebook"}
+    before = dict(os.environ)
+    os.environ.update({name: str(value) for name, value in alone.items()})
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,0 +1,164 @@
+"""Builds the website: `python -m docs.page.build [--out FOLDER] [--source URL]`, or `make page`.
+
+Each lesson's two scripts side by side, the ledger, the pages of docs/, and each lesson as slides.
+Everything is read from the files that the tests hold true. A page needs nothing but itself, its
+style and its pictures: no request leaves the folder. Without JavaScript only the filters and the
+arrow keys are missing.
+"""
+
+from common import ROOT, SIDES
+from common.messages import Parser, clear_messages
+from common.proof import hooks
+from common.proof.lessons import lessons
+from docs.page.lessons import LETTER, Lesson, Row, read_ledger, read_lesson
+from docs.page.prose import markdown, split_page
+from docs.page.texts import LANGUAGES, Texts, translated
+
+import json
+import re
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+HERE = Path(__file__).parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+REPOSITORY = PROJECT["urls"]["repository"]
+# Pages that are no lesson, in the order in which the menu names them.
+PAGES = ("ledger", "hooks", "pitfalls", "doctor", "migration", "glossary")
+# The minutes that a lesson takes, and what it asks for: a beginner, or someone who trains already.
+LEVELS = {
+    "cifar": (20, "first steps"),
+    "fashion": (30, "first steps"),
+    "callbacks": (30, "first steps"),
+    "resume": (45, "advanced"),
+    "optimize": (45, "intermediate"),
+    "parallel": (60, "advanced"),
+    "speed": (30, "intermediate"),
+    "finetune": (30, "intermediate"),
+}
+
+
+def build(out: Path, source: str) -> dict[str, Texts]:
+    """Write all pages of all languages to `out`; return the texts of each language.
+
+    `source` is the address of the repository's files. What stood in `out` before is removed.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    ledger = read_ledger()
+    pairs = {name: read_lesson(name, ledger) for name in lessons()}
+    catalogs = {language: Texts(language) for language in translated()}
+    for language, texts in catalogs.items():
+        _write_language(out, source.rstrip("/"), language, texts, ledger, pairs)
+    for name in ("style.css", "filter.js", "slides.js"):
+        shutil.copyfile(HERE / name, out / name)
+    for picture in sorted((ROOT / "docs").rglob("*.png")):
+        place = out / picture.relative_to(ROOT / "docs")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(picture, place)
+    return catalogs
+
+
+def _write_language(
+    out: Path,
+    source: str,
+    language: str,
+    texts: Texts,
+    ledger: list[Row],
+    pairs: dict[str, Lesson],
+) -> None:
+    """Write the pages of one language: English at the top, others in a folder of their own."""
+    folder, md = out / ("" if language == "en" else language), markdown(texts, source)
+    folder.mkdir(parents=True, exist_ok=True)
+    # A comment in code is prose with names in it: `backticks` mark code, all else is text.
+    names_only = MarkdownIt("zero").enable("backticks")
+    env = Environment(loader=FileSystemLoader(HERE / "templates"), undefined=StrictUndefined,
+                      autoescape=True, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    env.globals |= {
+        "_": texts,
+        "inline": lambda text: Markup(md.renderInline(text, {"folder": ""})),
+        "note": lambda text: Markup(names_only.renderInline(texts(text))),
+        "language": language,
+        "languages": {name: LANGUAGES[name] for name in translated()},
+        "source": source,
+        "lessons": list(pairs),
+        "pages": PAGES,
+        "SIDES": SIDES,
+        "LETTER": LETTER,
+        "NAMES": {"plain": "plain", "lightning": "Lightning"},
+        "up": "" if language == "en" else "../",
+        "version": PROJECT["version"],
+    }
+
+    def render(text: str, place: str = "docs") -> Markup:
+        return Markup(md.render(text, {"folder": place}))
+
+    def write(name: str, template: str, **values: Any) -> None:
+        kind = template.removesuffix(".html")
+        page = env.get_template(template).render(page=name, kind=kind, **values)
+        (folder / f"{name}.html").write_text(page, encoding="utf-8")
+
+    for name, lesson in pairs.items():
+        text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        title, start, does, rest = split_page(text)
+        values = dict(lesson=lesson, does=does, title=title, rows=lesson.rows)
+        write(name, "lesson.html", start=render(start), rest=render(rest), **values)
+        write(f"{name}-slides", "slides.html", **values)
+    for path in (*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"):
+        if path.stem not in pairs and path.stem != "ledger":
+            title, text = path.read_text(encoding="utf-8").split("\n", 1)
+            place = "docs" if path.parent.name == "docs" else ""
+            write(path.stem.lower(), "prose.html", title=title.lstrip("# "),
+                  body=render(text, place))  # fmt: skip
+    write("ledger", "ledger.html", ledger=ledger, title="The ledger")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    intro = re.sub(
+        r"^\[!\[.*\n", "", readme.split("\n## ")[0].split("\n", 1)[1], flags=re.MULTILINE
+    )
+    about = dict(
+        re.findall(r"^\| \[(\w+)\]\(docs/\w+\.md\) \|.*\| (.+?) \|$", readme, re.MULTILINE)
+    )
+    if list(about) != list(pairs):
+        raise ValueError(f"README lists other lessons than there are: {list(about)}")
+    proof = json.loads((ROOT / "docs" / "cifar" / "parity.json").read_text(encoding="utf-8"))
+    write("index", "index.html", title="Plain and Lightning", about=about, levels=LEVELS,
+          intro=render(intro, ""), proof=proof, curves=curves(proof), behaviours=len(ledger),
+          moments=len(re.findall(r"^\| ", hooks.PAGE.read_text("utf-8"), re.MULTILINE)) - 2,
+          pitfalls=(ROOT / "docs" / "pitfalls.md").read_text("utf-8").count("\n## "))  # fmt: skip
+
+
+def curves(proof: dict[str, Any], width: int = 640, height: int = 220) -> dict[str, str]:
+    """Return the loss curves of both sides as points of an SVG polyline, by side."""
+    most = max(x for side in SIDES for x in proof["losses"][side] if x is not None)
+    points = {}
+    for side in SIDES:
+        losses = proof["losses"][side]
+        step = width / max(1, len(losses) - 1)
+        points[side] = " ".join(
+            f"{n * step:.1f},{height * (1 - x / most):.1f}"
+            for n, x in enumerate(losses)
+            if x is not None
+        )
+    return points
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="docs.page.build", description="Build the website.")
+    parser.add_argument("--out", type=Path, default=ROOT / "site", metavar="FOLDER")
+    parser.add_argument("--source", default=f"{REPOSITORY}/blob/main", metavar="URL",
+                        help="where the repository's files can be read")  # fmt: skip
+    arguments = parser.parse_args(argv)
+    for language, texts in build(arguments.out, arguments.source).items():
+        untold = "" if language == "en" else f", {len(texts.missing)} shown in English"
+        print(f"{LANGUAGES[language]}: {len(texts.used)} texts{untold}.")
+    print(f"Open {arguments.out / 'index.html'}")
+
+
+if __name__ == "__main__":
+    with clear_messages():
+        main(sys.argv[1:])
