@@ -43,7 +43,7 @@ endif
 .DEFAULT_GOAL := help
 .DEFAULT:
 	$(error $(UNCLEAR))
-.PHONY: help setup quick parity doctor controls pitfalls ledger hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
+.PHONY: help setup quick parity doctor controls page notebooks pitfalls ledger hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
 
 help: # print the commands, in groups
 	@echo "usage: make COMMAND [ARGS=\"--max-epochs 5\"]    NAME is a lesson:"
@@ -115,6 +115,12 @@ bench-startup: .venv/ready ## measure what a whole command takes beside the impo
 	@$(BIN)/python -m bench.startup $(ARGS)
 
 ##@ Pages
+page: .venv/ready ## build the website into site/: both sides of each lesson, aligned; slides; the ledger
+	@$(BIN)/python -m docs.page.build $(ARGS)
+
+notebooks: .venv/ready ## write docs/notebooks/ anew, from the scripts' own cells
+	@$(BIN)/python -m docs.page.notebooks
+
 ledger: .venv/ready ## write docs/ledger.md anew: the line numbers of what the Trainer does
 	@$(BIN)/python -m common.proof.ledger
 

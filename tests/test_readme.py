@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from helpers import SIDES, count, lessons, real_data
@@ -71,6 +72,12 @@ def test_the_quoted_code_stands_in_the_lessons():
         for line in block.splitlines():
             place = source.index(line.strip(), place) + 1  # in this order
             count("lines of code in the README")
+
+
+def test_it_names_the_addresses_of_the_project():
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    assert f"git clone {urls['repository']}\n" in README
+    assert f"[The website]({urls['homepage']})" in README
 
 
 def test_the_commands_exist():

@@ -13,14 +13,10 @@ from common.proof.watch import watch
 from common.run import ready
 
 import contextlib
-import os
-import socket
 import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
-
-import torch
 
 MODULES = {side: ModuleType(f"notebook_{side}") for side in SIDES}
 
@@ -66,11 +62,11 @@ def prove(lesson: str, **options: Any) -> bool:
     for side in SIDES:
         module = MODULES[side]
         args = ready(module.Args(**options), ROOT / side / f"{lesson}.py")
-        with _one_process(hasattr(args, "start_processes")):
-            results.append(watch(module.main, args))
+        results.append(watch(module.main, args))
         print(f"{side}: sha256 of the weights {results[-1]['weights_sha256']}")
-    comparison = compare_results(*results)
-    show(*results, comparison)
+    plain, lightning = results
+    comparison = compare_results(plain, lightning)
+    show(plain, lightning, comparison)
     picture = args.runs_dir / lesson / "parity.png"
     draw([result["train_loss"] for result in results], f"{lesson}: both sides", picture)
     with contextlib.suppress(ImportError):  # outside of a notebook there is nothing to show it
@@ -78,25 +74,3 @@ def prove(lesson: str, **options: Any) -> bool:
 
         display(Image(picture))
     return comparison.agree
-
-
-@contextlib.contextmanager
-def _one_process(needed: bool) -> Iterator[None]:
-    """Let this process be all that torchrun would have started, for the lesson parallel."""
-    if not needed:
-        yield
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": 0}
-    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "notebook"}
-    before = dict(os.environ)
-    os.environ.update({name: str(value) for name, value in alone.items()})
-    try:
-        yield
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        os.environ.clear()
-        os.environ.update(before)

@@ -59,7 +59,8 @@ def main() -> None:
     title = f"cifar on {results[0]['data']}: both sides"
     steps = [last_step(record_elsewhere(side)["32-true"]) for side in SIDES]
     draw([result["train_loss"] for result in results], title, steps, PICTURE)
-    data = as_data(*results, compare_results(*results))
+    plain, lightning = results
+    data = as_data(plain, lightning, compare_results(plain, lightning))
     PROOF.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print(f"{PICTURE.relative_to(ROOT)}: {title}.")
 

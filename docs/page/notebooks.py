@@ -39,11 +39,16 @@ for name in ("torch", "torchvision", "lightning", "torchmetrics"):
 PROVE = """\
 # Both sides, as the cells above define them: change one, run it again, and prove again.
 prove("{lesson}", {options})"""
+PROVE_BY_COMMAND = """\
+# A notebook's own process cannot be one of several: this runs the two scripts, with two processes.
+!{{sys.executable}} -m common.proof.parity {lesson} --devices 2 {options}"""
 # Short runs on the drawn shapes, in which every lesson learns something or shows what it is about.
 SHORT = {"data": "shapes", "max_epochs": 1, "limit_train_batches": 300, "limit_val_batches": 2,
          "limit_test_batches": 2}  # fmt: skip
 OPTIONS = {
     "cifar": {"batch_size": 32, "lr": 0.02},
+    "fashion": {"lr": 0.1},
+    "resume": {"lr": 0.05},
     "speed": {"limit_train_batches": 100},
     "finetune": {"backbone": "mobilenet_v3_small", "weights": "random", "limit_train_batches": 10},
 }
@@ -75,11 +80,12 @@ def notebook(lesson: str) -> nbformat.NotebookNode:
                 made.append(new_code_cell(f"%%{side}\n{code}"))
             elif code.strip():
                 made.append(new_markdown_cell(f"*{side}*: " + re.sub(r"#:? ?", "", code.strip())))
-    options = ", ".join(f"{k}={v!r}" for k, v in (SHORT | OPTIONS.get(lesson, {})).items())
-    made += [
-        new_markdown_cell("## The proof"),
-        new_code_cell(PROVE.format(lesson=lesson, options=options)),
-    ]
+    chosen = SHORT | OPTIONS.get(lesson, {})
+    proof = PROVE.format(lesson=lesson, options=", ".join(f"{k}={v!r}" for k, v in chosen.items()))
+    if lesson == "parallel":
+        options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in chosen.items())
+        proof = PROVE_BY_COMMAND.format(lesson=lesson, options=options)
+    made += [new_markdown_cell("## The proof"), new_code_cell(proof)]
     for number, cell in enumerate(made):
         cell["id"] = f"{lesson}-{number}"
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}

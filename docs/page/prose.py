@@ -32,6 +32,9 @@ def markdown(texts: Texts, source: str) -> MarkdownIt:
 
     def lead(state):
         ids: list[str] = []
+        for token in state.tokens:
+            if token.type == "table_open":  # it scrolls by itself where it is too wide
+                token.attrSet("tabindex", "0")
         for opening, inline in zip(state.tokens, state.tokens[1:], strict=False):
             if opening.type == "heading_open":
                 opening.attrSet("id", heading_id(inline.content, ids))

@@ -61,11 +61,12 @@ def translated() -> list[str]:
 def update(language: str, used: set[str]) -> Path:
     """Write the file of a language: a key for each used text, with its translation if any."""
     path, texts = LOCALE / f"{language}.po", Texts(language)
-    catalog = Catalog(language, project="plain-and-lightning", fuzzy=False, creation_date="")
+    LOCALE.mkdir(exist_ok=True)
+    catalog = Catalog(language)
     for key in sorted(used):
         catalog.add(key, texts.known.get(key, ""))
     with path.open("wb") as file:
-        write_po(file, catalog, width=100, omit_header=False)
+        write_po(file, catalog, width=100, omit_header=True)  # a header has the time in it
     return path
 
 
