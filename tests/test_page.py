@@ -214,8 +214,10 @@ def test_a_notebook_runs_and_both_sides_end_alike(name, tmp_path):
     made = notebooks.notebook(name)
     proof = re.sub(r"(limit.train.batches.)\d+", r"\g<1>10", made.cells[-1].source)
     by_command = name == "parallel"
-    proof += f" --runs-dir {tmp_path}" if by_command else ""
-    proof = proof if by_command else proof[:-1] + f", runs_dir=Path({str(tmp_path)!r}))"
+    if by_command:
+        proof = proof.replace("runs/notebook", str(tmp_path))
+    else:
+        proof = proof[:-1] + f", runs_dir=Path({str(tmp_path)!r}))"
     made.cells[-1].source = proof
     # Opened where it lies: the first cell finds the repository from there.
     place = {"metadata": {"path": str(notebooks.FOLDER)}}

@@ -15,6 +15,7 @@ from common.run import ready
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -55,13 +56,15 @@ def _on_the_path(side: str) -> Iterator[None]:
 def prove(lesson: str, **options: Any) -> bool:
     """Train both sides as the cells above define them, compare and show; tell whether they agree.
 
-    `options` are the lesson's, such as max_epochs=1. The pictures go to runs/LESSON/.
+    `options` are the lesson's, such as max_epochs=1. The results go to runs/notebook/.
     """
     keep_quiet()
     results = []
     for side in SIDES:
         module = MODULES[side]
-        args = ready(module.Args(**options), ROOT / side / f"{lesson}.py")
+        # In a folder of its own: what was trained in the terminal stays.
+        settings = {"runs_dir": Path("runs", "notebook")} | options
+        args = ready(module.Args(**settings), ROOT / side / f"{lesson}.py")
         results.append(watch(module.main, args))
         print(f"{side}: sha256 of the weights {results[-1]['weights_sha256']}")
     plain, lightning = results
