@@ -40,8 +40,9 @@ PROVE = """\
 # Both sides, as the cells above define them: change one, run it again, and prove again.
 prove("{lesson}", {options})"""
 PROVE_BY_COMMAND = """\
-# A notebook's own process cannot be one of several: this runs the two scripts, with two processes.
-!{{sys.executable}} -m common.proof.parity {lesson} --devices 2 --runs-dir runs/notebook {options}"""
+# A notebook's own process cannot be one of several: this runs both scripts, in two processes.
+!{{sys.executable}} -m common.proof.parity {lesson} --devices 2 \\
+    --runs-dir runs/notebook {options}"""
 # Short runs on the drawn shapes, in which every lesson learns something or shows what it is about.
 SHORT = {"data": "shapes", "max_epochs": 1, "limit_train_batches": 300, "limit_val_batches": 2,
          "limit_test_batches": 2}  # fmt: skip
