@@ -5,6 +5,7 @@ A checkpoint is what torch.save made of a dict: a bare state_dict (weights.pt), 
 names and puts "model." before every weight's.
 """
 
+from common.folders import HALF
 from common.messages import BadInput
 
 import contextlib
@@ -40,7 +41,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
     made where it is missing. Raises BadInput where the system refuses, as when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=HALF, suffix=path.suffix, dir=path.parent)
     temporary = Path(name)
     try:
         # The open file, not its name: torch.save would write that name into it.

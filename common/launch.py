@@ -64,11 +64,14 @@ class ProcessOptions(Options):
 
         Raises Stopped where a process, or the meeting of several machines, failed.
         """
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            _start(self)
-            return True
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return False
+        _start(self)
+        return True
+
+    def begin(self) -> None:
+        """Let all processes agree, and find the checkpoint to resume from."""
         begin(self)
-        return False
 
 
 def _check_devices(args: Any) -> None:

@@ -18,14 +18,26 @@ from typing import NoReturn
 STOPPED = "Stopped by Ctrl-C; what was written until now is kept."
 
 
+def printable(text: str) -> str:
+    """Return a text as one line that a terminal only shows: names and files may hold anything.
+
+    Escape codes, line breaks and bytes that are no UTF-8 are written out, such as \\x1b.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class BadInput(Exception):
     """Something that the user can mend; the text says in one sentence what, and what to do."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(printable(sentence))
 
 
 def notice(*lines: str) -> None:
     """Print what must not be missed, between two bars, on stderr."""
     bar = "!" * 88
-    print(bar, *(f"  {line}" for line in lines), bar, sep="\n", file=sys.stderr, flush=True)
+    shown = (f"  {printable(line)}" for line in lines)
+    print(bar, *shown, bar, sep="\n", file=sys.stderr, flush=True)
 
 
 class Stopped(Exception):
