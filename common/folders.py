@@ -91,7 +91,7 @@ def settle(folder: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
         return
     for path in aside.iterdir():
-        if path.name not in {*FILES, *OTHERS, *FOLDERS} and not path.name.startswith("."):
+        if path.name not in {*FILES, *OTHERS, *FOLDERS} and not path.match("evidence.*.jsonl"):
             path.rename(folder / path.name)
     shutil.rmtree(aside)
 

@@ -108,6 +108,7 @@ def _is_row(row: Any) -> bool:
         isinstance(row, dict)
         and all(type(row.get(name)) is int for name in ("epoch", "step"))
         and all(type(value) in (int, float) for value in row.values())
+        and len(row) > 2
         and len({"val_loss", "val_accuracy", "val_f1"} & row.keys()) in (0, 3)
     )
 
