@@ -11,50 +11,101 @@ MACHINES = $(DEVICES:%=--devices %) $(NODES:%=--num-nodes %) $(RDZV:%=--rdzv-end
 BIN := .venv/bin
 # Tests run in as many processes as there are cores; those of a file in one, which share trainings.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile
-LESSONS := $(basename $(notdir $(wildcard plain/*.py)))
+# The lessons, in the order in which they are learned; one that is new comes last.
+FILES := $(basename $(notdir $(wildcard plain/*.py)))
+ORDER := cifar fashion callbacks resume optimize parallel speed finetune
+LESSONS := $(strip $(filter $(FILES),$(ORDER)) $(filter-out $(ORDER),$(FILES)))
 # uv must take the Python of this machine, never fetch one of its own.
 export UV_PYTHON_DOWNLOADS := never
+# What is started here ends with make, also where that is killed (common/signals.py).
+export ENDS_WITH := make
 
-# The name of a lesson that is not there is refused before anything is set up.
+# What cannot be meant as it was typed is refused before anything is set up.
 NAMED := $(filter plain-% lightning-% parity-% diff-%,$(MAKECMDGOALS))
 UNKNOWN := $(filter-out $(foreach side,plain lightning parity diff,$(LESSONS:%=$(side)-%)),$(NAMED))
 ifneq ($(UNKNOWN),)
 $(error there is no lesson for '$(UNKNOWN)'; there are: $(LESSONS))
 endif
+# `make plain cifar`, `make cifar`, `make cifar-plain`: the words in it say what was meant.
+WORDS := $(subst -, ,$(subst _, ,$(MAKECMDGOALS)))
+SIDE := $(or $(filter plain lightning parity diff,$(WORDS)),plain lightning parity diff)
+LESSON := $(or $(filter $(LESSONS),$(WORDS)),$(if $(filter plain lightning diff,$(WORDS)),cifar))
+MEANT := $(foreach lesson,$(LESSON),$(foreach side,$(SIDE),'make $(side)-$(lesson)'))
+UNCLEAR = there is no command 'make $(MAKECMDGOALS)'$(if $(MEANT),; did you mean $(MEANT)?,.) `make` alone prints all commands
+ifneq ($(filter plain lightning diff common docs tests $(filter-out predict,$(LESSONS)),$(MAKECMDGOALS)),)
+$(error $(UNCLEAR))
+endif
+# A variable that nothing reads would be passed over in silence.
+OPTIONS := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+OPTIONS := $(filter lr epochs max_epochs batch_size seed data args LR EPOCHS MAX_EPOCHS BATCH_SIZE SEED DATA,$(OPTIONS))
+ifneq ($(OPTIONS),)
+$(error '$(OPTIONS)' is no variable of make here; options go into ARGS: make plain-cifar ARGS="--max-epochs 5 --lr 0.01")
+endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup parity doctor controls pitfalls ledger bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
+.DEFAULT:
+	$(error $(UNCLEAR))
+.PHONY: help setup quick parity doctor controls pitfalls ledger hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
 
-help: ## print these lines
-	@echo "usage: make TARGET [ARGS=\"--max-epochs 5\"]"
-	@awk -F ':.*## ' -v lessons="$(LESSONS)" ' \
-		/^[a-z%-]+:.*## / { \
-			if ($$1 !~ /%/) { printf "  make %-20s %s\n", $$1, $$2; next } \
-			n = split(lessons, names, " "); \
-			for (i = 1; i <= n; i++) { \
-				target = $$1; text = $$2; gsub(/%/, names[i], target); gsub(/NAME/, names[i], text); \
-				printf "  make %-20s %s\n", target, text } }' Makefile
+help: # print the commands, in groups
+	@echo "usage: make COMMAND [ARGS=\"--max-epochs 5\"]    NAME is a lesson:"
+	@echo "  $(LESSONS)"
+	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z%-]+:.*## / { sub(/%/, "NAME", $$1); printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
+##@ Start
+quick: .venv/ready ## both sides of cifar on drawn shapes, and the proof: under a minute
+	@$(BIN)/python -m common.proof.parity cifar --data shapes --max-epochs 1 --batch-size 32 --lr 0.02 \
+		--limit-train-batches 600 --runs-dir runs/quick $(ARGS)
+
+setup: .venv/ready ## set up .venv; all other commands do it by themselves
+
+##@ Lessons
 plain-%: .venv/ready FORCE ## train NAME with the loop written by hand; ARGS="--help" lists its options
 	@$(BIN)/python plain/$*.py $(MACHINES) $(ARGS)
 
 lightning-%: .venv/ready FORCE ## train NAME with Lightning's Trainer; the same options
 	@$(BIN)/python lightning/$*.py $(MACHINES) $(ARGS)
 
+diff-%: .venv/ready FORCE ## show both sides of NAME side by side; ARGS='--cell "Training"' one cell of them
+	@$(BIN)/python -m common.proof.sidebyside $* $(ARGS)
+
+predict: .venv/ready ## classify a picture: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=photo.jpg
+	@test -n "$(CHECKPOINT)" && test -n "$(IMAGE)" || { \
+		echo "error: predict needs both names: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=photo.jpg" >&2; exit 2; }
+	@$(BIN)/python -m common.predict "$(CHECKPOINT)" "$(IMAGE)"
+
+##@ Prove
 parity-%: .venv/ready FORCE ## prove that both sides of NAME do the same; the same options
 	@$(BIN)/python -m common.proof.parity $* $(MACHINES) $(ARGS)
 
 parity-parallel: .venv/ready FORCE # also one process against several, and FSDP against DDP
 	@$(BIN)/python -m common.proof.devices $(MACHINES) $(ARGS)
 
-bench-parallel: .venv/ready ## measure the steps of 1, 2 and 4 processes, and draw them
-	@$(BIN)/python -m bench.parallel $(ARGS)
+parity: .venv/ready ## prove it for every lesson, and print one table; only options that all have
+	@$(BIN)/python -m common.proof.parity $(ARGS)
 
+order: .venv/ready ## record the order of one optimizer step on both sides of optimize, and compare
+	@$(BIN)/python -m common.proof.order $(ARGS)
+
+##@ Doctor
+doctor: .venv/ready ## name the first difference of two traced runs: make doctor A=loop.trace B=port.trace
+	@test -n "$(A)" && test -n "$(B)" || { \
+		echo "error: doctor needs two traces: make doctor A=loop.trace B=port.trace; docs/doctor.md says how to make them" >&2; exit 2; }
+	@$(BIN)/python -m samebits "$(A)" "$(B)"
+
+controls: .venv/ready ## try the doctor on single changes and on equal runs; write the tables of docs/doctor.md
+	@$(BIN)/python tests/controls.py
+
+##@ Measure
 bench: .venv/ready ## measure what the Trainer costs in a step, and what a loop can waste; ten minutes
 	@$(BIN)/python -m bench.overhead $(ARGS)
 
 bench-speed: .venv/ready ## hold speed against cifar for five seeds, and measure what each of its means gives
 	@$(BIN)/python -m bench.seeds $(ARGS)
+
+bench-parallel: .venv/ready ## measure the steps of 1, 2 and 4 processes, and draw them
+	@$(BIN)/python -m bench.parallel $(ARGS)
 
 bench-trace: .venv/ready ## measure what a trace costs
 	@$(BIN)/python -m bench.trace $(ARGS)
@@ -65,34 +116,20 @@ bench-evidence: .venv/ready ## measure what it costs that a run is watched
 bench-startup: .venv/ready ## measure what a whole command takes beside the import of its library
 	@$(BIN)/python -m bench.startup $(ARGS)
 
-parity: .venv/ready ## prove it for every lesson, and print one table; only options that all have
-	@$(BIN)/python -m common.proof.parity $(ARGS)
+##@ Pages
+ledger: .venv/ready ## write docs/ledger.md anew: the line numbers of what the Trainer does
+	@$(BIN)/python -m common.proof.ledger
 
-doctor: .venv/ready ## name the first difference of two traced runs: make doctor A=loop.trace B=port.trace
-	@test -n "$(A)" && test -n "$(B)" || { \
-		echo "error: doctor needs two traces: make doctor A=loop.trace B=port.trace; docs/doctor.md says how to make them" >&2; exit 2; }
-	@$(BIN)/python -m samebits "$(A)" "$(B)"
+hooks: .venv/ready ## write docs/hooks.md anew: each hook of one fit beside the plain lines
+	@$(BIN)/python -m common.proof.hooks $(ARGS)
 
-controls: .venv/ready ## try the doctor on single changes and on equal runs; write the tables of docs/doctor.md
-	@$(BIN)/python tests/controls.py
+overview: .venv/ready ## draw the README's picture from the last make parity-cifar
+	@$(BIN)/python -m common.proof.overview
 
 pitfalls: .venv/ready ## run the code of docs/pitfalls.md and docs/sameness.md, and write its numbers anew
 	@$(BIN)/python tests/pages.py
 
-ledger: .venv/ready ## write docs/ledger.md anew: the line numbers of what the Trainer does
-	@$(BIN)/python -m common.proof.ledger
-
-diff-%: .venv/ready FORCE ## show both sides of NAME side by side; ARGS='--cell "Training"' one cell of them
-	@$(BIN)/python -m common.proof.sidebyside $* $(ARGS)
-
-order: .venv/ready ## record the order of one optimizer step on both sides of optimize, and compare
-	@$(BIN)/python -m common.proof.order $(ARGS)
-
-predict: .venv/ready ## classify a picture: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=photo.jpg
-	@test -n "$(CHECKPOINT)" && test -n "$(IMAGE)" || { \
-		echo "error: predict needs both names: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=photo.jpg" >&2; exit 2; }
-	@$(BIN)/python -m common.predict "$(CHECKPOINT)" "$(IMAGE)"
-
+##@ Test and change it
 test: .venv/ready ## run the tests (without network; with the real images where DATA_DIR names them)
 	@$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
@@ -113,8 +150,6 @@ lock: .venv/ready ## write requirements.lock anew from pyproject.toml, for every
 		--python-version 3.11 --custom-compile-command "make lock" \
 		--output-file .venv/lock pyproject.toml
 	@cmp -s .venv/lock requirements.lock || mv .venv/lock requirements.lock
-
-setup: .venv/ready ## set up .venv; the others do it by themselves
 
 clean: ## remove .venv and what the tools left; runs/ and data/ stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -275,7 +275,8 @@ def _ended(failures: dict[int, ProcessFailure], world: int) -> Stopped:
         """Rank who lost another process, and last those whom torchrun itself then ended."""
         # It sends SIGTERM, and SIGKILL after 30 seconds to those that do not listen.
         unheard = failure.exitcode == -signal.SIGKILL and failure.timestamp > began + 20
-        return 2 if unheard or failure.exitcode == -signal.SIGTERM else failure.exitcode == LOST
+        ended = failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+        return 2 if unheard or ended else failure.exitcode == LOST
 
     rank, failure = min(failures.items(), key=lambda item: late(item[1]))
     if failure.exitcode < 0:

@@ -1,10 +1,11 @@
 """From which checkpoint a run is resumed, and how it is stopped in order, for both sides."""
 
-from common import checkpoints
+from common import checkpoints, signals
 from common.folders import EVIDENCE, start_folder
 from common.messages import BadInput, Stopped, notice
 
 import contextlib
+import os
 import random
 import shutil
 import signal
@@ -247,7 +248,7 @@ class Stop:
         days, hours, minutes, seconds = map(int, (max_time or "99:00:00:00").split(":"))
         limit = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
         self.deadline = time.monotonic() + limit
-        self.max_time, self.signal = max_time, 0
+        self.max_time, self.signal, self.pid = max_time, 0, os.getpid()
 
     @property
     def asked(self) -> bool:
@@ -267,7 +268,10 @@ class Stop:
         )
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.pid:
+            return  # a process that loads images: it is ended by this one
         if self.signal == signal.SIGINT:
+            signal.signal(signal.SIGINT, signals.leave)  # at the next one, at once
             raise KeyboardInterrupt
         self.signal = number
 

@@ -5,9 +5,11 @@ it is its help. `main(args)` trains and returns the network. All else happens he
 threads, the folder, what parity compares, the pictures and the final table.
 """
 
+from common.data import VALIDATION, count_batches
 from common.folders import EVIDENCE, is_writable, locked, start_folder
 from common.logger import check_logger
 from common.messages import BadInput, clear_messages
+from common.networks import NETWORKS
 
 import contextlib
 import inspect
@@ -34,7 +36,7 @@ class Options:
     limit_train_batches: int | float = 1.0  # batches of an epoch: a number (10) or a share (0.1)
     limit_val_batches: int | float = 1.0  # the same for each validation
     limit_test_batches: int | float = 1.0  # the same for the test
-    log_every_n_steps: int = 50  # steps from one logged training loss to the next
+    log_every_n_steps: int = 50  # steps between two logged losses; less in a short run: LOGGED
     data: Literal["auto", "cifar10", "fashionmnist", "shapes"] = "auto"
     """the real images or an error; shapes: the built-in drawings; auto: the real ones if they are
     here or can be downloaded, else shapes"""
@@ -104,6 +106,11 @@ SAME_RESULT = (
     "checkpoint_every_n_steps", "rdzv_endpoint", "max_restarts", "timeout",
 )  # fmt: skip
 
+# A run that would log fewer losses with its lesson's default logs this many: a curve, not a dot.
+LOGGED = 10
+# Images to train on, by the data set of a lesson; the shapes that stand in are as many.
+TRAINED_ON = {"cifar10": 50_000 - VALIDATION, "fashionmnist": 60_000 - VALIDATION}
+
 # What a number must be, by its option's name. All others must be at least 0.
 AT_LEAST_1 = (
     "max_epochs", "batch_size", "log_every_n_steps", "accumulate_grad_batches", "patience",
@@ -144,7 +151,12 @@ def parse(args_class: type[Options], script: str | Path, argv: Sequence[str] | N
 
     about = inspect.getdoc(sys.modules[args_class.__module__]) or ""
     prog = "python " + "/".join(Path(script).resolve().parts[-2:])
-    args = tyro.cli(args_class, args=argv, description=about, prog=prog)
+    try:
+        args = tyro.cli(args_class, args=argv, description=about, prog=prog)
+    except SystemExit as refused:
+        if refused.code and "MAKELEVEL" in os.environ:  # typed behind make
+            print('make takes options like this: ARGS="--max-epochs 5 --lr 0.01"', file=sys.stderr)
+        raise
     return ready(args, script)
 
 
@@ -167,6 +179,9 @@ def ready(args: Any, script: str | Path) -> Any:
         threads = default_threads(args.batch_size // args.devices)
         args.threads = min(threads, max(1, (os.cpu_count() or 1) // args.devices))
     _check_precision(getattr(args, "precision", "32-true"), args.accelerator)
+    default = type(args).log_every_n_steps
+    if args.log_every_n_steps == default:
+        args.log_every_n_steps = min(default, max(1, planned_steps(args) // LOGGED))
     if hasattr(args, "logger"):
         check_logger(args.logger)
     with contextlib.suppress(OSError):
@@ -182,6 +197,14 @@ def ready(args: Any, script: str | Path) -> Any:
 def evidence_file(args: Any) -> Path | None:
     """Return where a run that can be resumed keeps what it did; None for all others."""
     return args.place / EVIDENCE if hasattr(args, "ckpt_path") else None
+
+
+def planned_steps(args: Any) -> int:
+    """Return after how many optimizer steps a run can end: where its patience is over, at most."""
+    data = next((network.data for network in NETWORKS if network.lesson == args.lesson), "cifar10")
+    batches = count_batches(-(-TRAINED_ON[data] // args.batch_size), args.limit_train_batches)
+    steps = -(-batches // getattr(args, "accumulate_grad_batches", 1))
+    return steps * min(args.max_epochs, getattr(args, "patience", args.max_epochs) + 1)
 
 
 def default_threads(batch_size: int) -> int:

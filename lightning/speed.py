@@ -44,7 +44,7 @@ class Args(Options):
     tta: bool = False  # test each image six times, mirrored and moved by a pixel
     compile: bool = False  # compile the network, which takes a while
     threads: int | None = 1  # CPU threads; None: 1 below batch size 128, else up to 8
-    log_every_n_steps: int = 50  # steps from one logged training loss to the next
+    log_every_n_steps: int = 10  # steps from one logged training loss to the next
 
 
 # %% Network

@@ -24,10 +24,6 @@ def no_process_group():
         torch.distributed.destroy_process_group()
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes long; run by make test-slow")
-
-
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):  # one of several processes: it tells the first one
         session.config.workeroutput["compared"] = COMPARED

@@ -320,7 +320,8 @@ def trace(side: str, path: Path, monkeypatch, *changes, model=None, lesson="cifa
     """Train one side as `helpers.train` does, with a trace around it; nothing in it changes.
 
     A lesson builds its network within `main`, so the trace begins there. One that a summary is
-    made of is built before: its trace is overwritten.
+    made of is built before: its trace is overwritten. One that is built after the training, to be
+    returned, is not traced.
     """
     traces: list[Trace] = []
     network = model or NOISY["fashionmnist" if lesson == "fashion" else "cifar10"]
@@ -332,6 +333,8 @@ def trace(side: str, path: Path, monkeypatch, *changes, model=None, lesson="cifa
 
     @functools.wraps(network, updated=())
     def build(*args, **kwargs):
+        if traces and traces[0].steps:
+            return network(*args, **kwargs)
         close()
         traces.append(Trace(network(*args, **kwargs), path=path).__enter__())
         return traces[0].model

@@ -4,10 +4,12 @@ A lesson that is typed takes ten seconds to import what it needs; one that is fo
 """
 
 from common import ROOT, SIDES, data
+from common.messages import clear_messages
 from common.proof.lessons import load
 from common.run import run
 
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -98,6 +100,23 @@ class Server:
         self.running.append(command)
         return command
 
+    def command(self, module, *argv):
+        """Type `python -m common.proof.MODULE`; what it starts sleeps, and leaves its number."""
+        out = self.folder / f"{next(self.numbers)}"
+        out.mkdir()
+        sleeper = out / "python"
+        sleeper.write_text(
+            f"#!/bin/sh\nexec {sys.executable} -c 'import common, os, sys, time\n"
+            f'open("{out}/half", "w").write(str(os.getpid()))\n'
+            f'os.rename("{out}/half", "{out}/child")\n'
+            "with common.messages.clear_messages(): time.sleep(60)'\n"
+        )
+        sleeper.chmod(0o755)
+        job = dict(command=module, argv=list(map(str, argv)), out=str(out), python=str(sleeper))
+        command = Forked(self, self.ask(**job), out)
+        self.running.append(command)
+        return command
+
     def close(self):
         for command in self.running:
             if command.ended is None:
@@ -121,6 +140,10 @@ def serve():
     modules = {
         (side, lesson): load(side, lesson) for side in SIDES for lesson in ("cifar", "resume")
     }
+    commands = {
+        name: importlib.import_module(f"common.proof.{name}")
+        for name in ("parity", "devices", "order", "__main__")
+    }
     assert threading.active_count() == 1  # a fork copies no other thread
     out = {}
     for line in sys.stdin:
@@ -133,7 +156,7 @@ def serve():
             out[child] = Path(job["out"])
             print(child, flush=True)
         else:
-            work(job, modules[job["side"], job["lesson"]])
+            work(job, commands.get(job.get("command")) or modules[job["side"], job["lesson"]])
 
 
 def work(job, module):
@@ -143,8 +166,18 @@ def work(job, module):
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(out / name, os.O_WRONLY | os.O_CREAT), stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.argv = [str(ROOT / job["side"] / f"{job['lesson']}.py"), *job["argv"]]
+    if job.get("closed"):  # as behind `| head`, which has read enough
+        read, write = os.pipe()
+        os.dup2(write, 1)
+        os.close(write)
+        os.close(read)
     try:
+        if "command" in job:
+            sys.executable = job["python"]
+            os.environ["ENDS_WITH"] = f"{os.getpid()}"  # as an import in this process does
+            with clear_messages(failed=2):
+                sys.exit(module.main(job["argv"]))
+        sys.argv = [str(ROOT / job["side"] / f"{job['lesson']}.py"), *job["argv"]]
         with pytest.MonkeyPatch.context() as monkeypatch:
             # Too short for validation to be over before it is seen.
             give(module, small_data(**job.get("images", {})), Noisy, job["lesson"], monkeypatch)
@@ -163,15 +196,16 @@ def work(job, module):
 
 
 def act(monkeypatch, out, step=0, test=False, write="", fail=""):
-    """Leave the file `there` and wait: after a step, in the test, or before a file has its name.
+    """Leave the file `there` and wait for the file `go`.
 
-    `fail` raises an error of that kind in the first forward pass.
+    That is after a step, in the test, or before a file has its name.
+    `fail` is the text of a RuntimeError in the first forward pass, or the name of another error.
     """
 
     def wait():
         (out / "there").touch()
         end = time.monotonic() + LIMIT
-        while time.monotonic() < end:
+        while not (out / "go").exists() and time.monotonic() < end:
             time.sleep(0.01)
 
     steps = []
@@ -186,7 +220,7 @@ def act(monkeypatch, out, step=0, test=False, write="", fail=""):
 
         def forward(network, _):
             if fail:
-                raise getattr(__builtins__, fail, RuntimeError)(fail)
+                raise {"MemoryError": MemoryError}.get(fail, RuntimeError)(fail)
             if test and steps and not network.training and tests:
                 wait()
 

@@ -5,6 +5,7 @@ from common.folders import FILES
 from common.messages import BadInput
 from common.proof import parity as parity_module
 from common.proof.fingerprints import versions
+from common.proof.lessons import lessons as in_order
 from common.proof.parity import main as parity
 from common.proof.sidebyside import main as sidebyside
 from common.proof.sidebyside import table
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -196,13 +198,15 @@ def test_parity_does_not_run_again_what_was_run(main_job, capsys):
     assert parity(["cifar", *main_job[1]]) == 0
     said = capsys.readouterr().out
     assert (main_job[0] / "cifar" / "parity.png").exists()
-    assert "has not been run" not in said
+    assert "running the" not in said
     assert said.count("equal, bit for bit") == 6 and "The two sides agree" in said
 
 
 def test_parity_runs_the_side_that_is_missing_or_of_other_settings(main_job, monkeypatch, capsys):
     arguments = main_job[1]
-    monkeypatch.setattr(parity_module, "_is_of", lambda result, side, *_: side == "lightning")
+    monkeypatch.setattr(
+        parity_module, "why_run", lambda result, side, *_: "Told so" * (side == "plain")
+    )
     commands = []
 
     class Instead:
@@ -220,26 +224,38 @@ def test_parity_runs_the_side_that_is_missing_or_of_other_settings(main_job, mon
     assert parity(["cifar", *arguments]) == 0
     assert [command[1] for command in commands] == [str(ROOT / "plain" / "cifar.py")]
     assert commands[0][2:] == arguments
-    assert "The plain side of cifar has not been run with these settings" in capsys.readouterr().out
+    assert "running the plain side of cifar" in capsys.readouterr().out
 
 
-def test_results_of_other_settings_data_or_code_are_not_reused(main_job, monkeypatch, tmp_path):
+def test_parity_says_why_a_side_is_run_again(main_job, monkeypatch, tmp_path):
     args = parity_module.settings_of("cifar", main_job[1])
     result = parity_module.read_result("plain", args)
-    is_of = parity_module._is_of
-    assert is_of(result, "plain", args)
-    assert not is_of(result, "plain", replaced(args, lr=0.5))
-    assert not is_of(result, "plain", replaced(args, threads=2))
-    assert not is_of(result, "plain", replaced(args, max_epochs=7))
-    assert not is_of({}, "plain", args)
-    with monkeypatch.context() as patch:
-        patch.setattr(parity_module, "code_sha256", lambda side: "edited")
-        assert not is_of(result, "plain", args)
+    why = partial(parity_module.why_run, side="plain")
+    assert why(result, args=args) == ""
+    assert why({}, args=args) == "There is no result yet"
+    for name, value in (("lr", 0.5), ("threads", 2), ("max_epochs", 7), ("seed", 3)):
+        other = replaced(args, **{name: value})
+        then = getattr(args, name)
+        expected = f"Its last run had {name} {then}, and {value} is asked for"
+        assert why(result, args=other) == expected
+        count("reasons to run a side")
+    old = result | {"versions": result["versions"] | {"torch": "2.14.0"}}
+    assert why(old, args=args).startswith("Its last run had torch 2.14.0, and ")
+    own = "plain/cifar.py"
+    for edited, said in (
+        ({own: "x"}, own),
+        ({own: "x", "common/data.py": "x"}, f"{own} (and 1 more)"),
+    ):
+        before = result | {"code_sha256": result["code_sha256"] | edited}
+        assert why(before, args=args) == f"{said} has changed since its run"
+        count("reasons to run a side")
     # The shapes stood in; now the real images are there.
     auto = replaced(args, data="auto", data_dir=tmp_path)
-    assert is_of(result, "plain", auto)
+    assert why(result, args=auto) == ""
     (tmp_path / download.source("cifar10").folder).mkdir()
-    assert not is_of(result, "plain", auto)
+    assert why(result, args=auto) == (
+        "The shapes stood in for cifar10, but the real images are here now"
+    )
 
 
 def replaced(args, **changes):
@@ -251,7 +267,7 @@ def replaced(args, **changes):
 
 def test_parity_says_that_sides_differ(main_job, monkeypatch, capsys):
     folder, arguments, _ = main_job
-    monkeypatch.setattr(parity_module, "_is_of", lambda *_: True)
+    monkeypatch.setattr(parity_module, "why_run", lambda *_: "")
     explained = []
     monkeypatch.setattr(parity_module, "explain", lambda *a: explained.append(a[2]) or "Because.")
     path = folder / "cifar" / "plain" / "result.json"
@@ -293,11 +309,11 @@ class InThisProcess:
 def test_parity_of_all_lessons(tmp_path, monkeypatch, capsys):
     """`make parity`: every lesson from its command line to one table."""
     # VGG16 would take most of the time; the parity is asked for its settings all the same.
-    is_of = parity_module._is_of
+    why_run = parity_module.why_run
     monkeypatch.setattr(
-        parity_module, "_is_of",
-        lambda result, side, args: (bool(result) and args.lesson == "finetune")
-        or is_of(result, side, args),
+        parity_module, "why_run",
+        lambda result, side, args: "" if result and args.lesson == "finetune"
+        else why_run(result, side, args),
     )  # fmt: skip
     versions()  # starts a process of its own, once
     monkeypatch.setattr(subprocess, "Popen", InThisProcess)
@@ -308,9 +324,9 @@ def test_parity_of_all_lessons(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert parity(arguments) == 0
     said = capsys.readouterr().out
-    assert said.count("has not been run with these settings") == 2 * len(lessons())
+    assert said.count("There is no result yet: running the ") == 2 * len(lessons())
     rows = [line for line in said.splitlines() if line.endswith("│ equal  │")]
-    assert [row.split()[1] for row in rows] == lessons()
+    assert [row.split()[1] for row in rows] == in_order()
     assert f"The two sides agree in {len(lessons())} of {len(lessons())} lessons." in said
     for name in lessons():
         for side in SIDES:
@@ -323,7 +339,7 @@ def test_parity_of_all_lessons(tmp_path, monkeypatch, capsys):
     path.write_text(json.dumps(result))
     assert parity(arguments) == 1
     said = capsys.readouterr().out
-    assert "has not been run" not in said
+    assert "running the" not in said
     assert f"The two sides agree in {len(lessons()) - 1} of {len(lessons())} lessons." in said
     assert len([line for line in said.splitlines() if "DIFFERENT:" in line]) == 1
 

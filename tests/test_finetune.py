@@ -1060,7 +1060,7 @@ def test_random_weights_that_stood_in_are_not_reused(weights_file, tmp_path, mon
     }
     come = tmp_path / weights_file.name
     monkeypatch.setattr(pretrained, "_place", lambda backbone: ("", come))
-    assert parity._is_of(result, "plain", args)
+    assert parity.why_run(result, "plain", args) == ""
     come.write_bytes(b"the pretrained weights, which came later")
     os.utime(path, (1, 1))
-    assert not parity._is_of(result, "plain", args)
+    assert "Random weights stood in" in parity.why_run(result, "plain", args)

@@ -1,6 +1,7 @@
 """The Makefile: what it prints, and what it says where Python is missing."""
 
 from common import ROOT
+from common.proof.lessons import lessons
 
 import os
 import re
@@ -8,7 +9,7 @@ import shutil
 import subprocess
 
 import pytest
-from helpers import count, lessons
+from helpers import count
 
 
 def make(*arguments, cwd=ROOT):
@@ -19,17 +20,56 @@ def make(*arguments, cwd=ROOT):
     return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, env=env)
 
 
-def test_make_alone_prints_every_target():
+def test_make_alone_prints_every_target_once_in_groups():
     ended = make()
     assert ended.returncode == 0
     text = (ROOT / "Makefile").read_text()
-    targets = re.findall(r"^([a-z][a-z%-]*):", text, re.MULTILINE)
-    assert len(targets) >= 11
-    for target in targets:
-        for name in lessons() if "%" in target else [""]:
-            line = rf"^  make {target.replace('%', name)} +\S.*$"
-            assert len(re.findall(line, ended.stdout, re.MULTILINE)) == 1, target
-            count("targets explained")
+    targets = set(re.findall(r"^([a-z][a-z%-]*):", text, re.MULTILINE))
+    assert len(targets) >= 24
+    for target in targets - {"help", "parity-parallel"}:  # the second is a parity-NAME
+        line = rf"^  make {target.replace('%', 'NAME')} +\S.*$"
+        assert len(re.findall(line, ended.stdout, re.MULTILINE)) == 1, target
+        count("targets explained")
+    groups = re.findall(r"^\w.*$", ended.stdout, re.MULTILINE)[1:]
+    assert groups == ["Start", "Lessons", "Prove", "Doctor", "Measure", "Pages",
+                      "Test and change it"]  # fmt: skip
+    assert f"\n  {' '.join(lessons())}\n" in ended.stdout
+    assert ended.stdout.count("\n") <= 48  # a screen
+
+
+MEANT = {
+    "cifar": ["plain-cifar", "lightning-cifar", "parity-cifar", "diff-cifar"],
+    "plain cifar": ["plain-cifar"],
+    "parity cifar": ["parity-cifar"],
+    "cifar-plain": ["plain-cifar"],
+    "lightning_cifar": ["lightning-cifar"],
+    "train-cifar": ["plain-cifar", "lightning-cifar", "parity-cifar", "diff-cifar"],
+    "plain": ["plain-cifar"],
+    "docs": [],
+    "train": [],
+}
+
+
+@pytest.mark.parametrize("typed", MEANT)
+def test_a_command_that_is_not_there_is_answered_with_what_was_meant(fresh, typed):
+    for folder in ("docs", "lightning"):  # make would find nothing to be done for a folder
+        (fresh / folder).mkdir()
+    ended = make(*typed.split(), cwd=fresh)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert f"there is no command 'make {typed}'" in ended.stderr
+    meant = ended.stderr.partition("; did you mean ")[2]
+    assert re.findall(r"'make ([a-z-]+)'", meant) == MEANT[typed]
+    assert "`make` alone prints all commands" in ended.stderr
+    assert not (fresh / ".venv").exists()
+
+
+@pytest.mark.parametrize("typed", ["lr=0.1", "EPOCHS=3", "max_epochs=3", "args=--help"])
+def test_an_option_that_make_would_pass_over_is_refused(fresh, typed):
+    ended = make("plain-cifar", typed, cwd=fresh)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    name = typed.partition("=")[0]
+    assert f"'{name}' is no variable of make here; options go into ARGS: " in ended.stderr
+    assert not (fresh / ".venv").exists()
 
 
 @pytest.fixture

@@ -897,12 +897,13 @@ def other_answer(monkeypatch, seen, name, values):
 LR = partial(other_setting, name="lr", values=(0.02, 0.03))
 SEED = partial(other_setting, name="seed", values=(0, 1))
 CODE = partial(other_answer, name="code_sha256", values=("ab", "cd"))
+AB, CD = (fingerprints.sha256(repr(text).encode()) for text in ("ab", "cd"))
 TORCH = partial(other_answer, name="versions", values=({"torch": "2.0"}, {"torch": "2.1"}))
 
 
 @pytest.mark.parametrize("side, patch, ours, theirs", [
     ("plain", LR, "lr is 0.02", "0.03"), ("lightning", LR, "lr is 0.02", "0.03"),
-    ("lightning", SEED, "seed is 0", "1"), ("plain", CODE, "code is 'ab'", "'cd'"),
+    ("lightning", SEED, "seed is 0", "1"), ("plain", CODE, f"code is '{AB}'", f"'{CD}'"),
     ("plain", TORCH, "torch is '2.0'", "'2.1'"),
 ])  # fmt: skip
 def test_processes_that_would_do_different_things_all_refuse(side, patch, ours, theirs, groups):

@@ -113,6 +113,13 @@ def draw(losses: list[list[Any]], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
+    draw_losses(figure, losses, title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def draw_losses(figure: Any, losses: list[list[Any]], title: str) -> None:
+    """Draw the two panels of `draw` into a figure, or into a part of one."""
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     ours, theirs = ([math.nan if x is None else x for x in side] for side in losses)
     # The losses of single batches are a wall; their differences, below, are of every batch.
@@ -132,11 +139,9 @@ def draw(losses: list[list[Any]], title: str, path: Path) -> None:
     below.set(xlabel="batch", ylabel="plain - Lightning", ylim=(-reach, reach))
     text = "0 in every step" if largest == 0 else f"at most {largest:.1e}"
     below.set_title(f"Their difference: {text}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
-    with clear_messages():
+    with clear_messages(failed=2):
         side, lesson, path, first, last, *argv = sys.argv[1:]
         trace(side, lesson, Path(path), int(first), int(last), argv)

@@ -70,7 +70,10 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "system": platform.platform()}
 
 
-def code_sha256(side: str) -> str:
-    """Return one digest over all the code that a run of this side executes."""
-    files = sorted([*(ROOT / side).glob("*.py"), *(ROOT / "common").rglob("*.py")])
-    return sha256(b"".join(path.read_bytes() for path in files))
+def code_sha256(side: str) -> dict[str, str]:
+    """Return a digest of each file of code that a run of this side may execute.
+
+    The side's own files come first: they are what a learner edits.
+    """
+    files = [*sorted((ROOT / side).glob("*.py")), *sorted((ROOT / "common").rglob("*.py"))]
+    return {str(path.relative_to(ROOT)): sha256(path.read_bytes()) for path in files}

@@ -1,32 +1,45 @@
 """Writes docs/ledger.md from docs/ledger.toml: what the Trainer does, and the lines by hand.
 
-`python -m common.proof.ledger`, or `make ledger`. A row names pieces of code; their line numbers
-are found here, so that they are right whenever the page is written anew.
+`python -m common.proof.ledger`, or `make ledger`. A row names pieces of code, in the lessons and in
+the installed library; their line numbers are found here, so that they are right whenever the page
+is written anew.
 """
 
 from common import ROOT, SIDES
 from common.messages import BadInput, clear_messages
 
+import importlib.metadata
+import itertools
+import re
+import sysconfig
 import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 
 DATA, PAGE = ROOT / "docs" / "ledger.toml", ROOT / "docs" / "ledger.md"
-HEAD = """\
+LIBRARY = Path(sysconfig.get_path("purelib"), "lightning")
+VERSION = importlib.metadata.version("lightning")
+# Where the library's source can be read, at the version that is installed here.
+SOURCE = f"https://github.com/Lightning-AI/pytorch-lightning/blob/{VERSION}/src/lightning"
+HEAD = f"""\
 # The ledger: what the Trainer did that the loop had to
 
-One row for each behaviour of the Trainer that a lesson shows: the line that does it by hand, and
-the line that asks the Trainer for it. Both sides of every lesson reach the same bits (`make
-parity`), so each row is also a claim that has been proved. This page is made from
-[ledger.toml](ledger.toml) by `make ledger`; a test fails where a line is gone.
+Each row is one behaviour of the Trainer: the lines that do it by hand, the line that asks the
+Trainer for it, and the method in Lightning {VERSION} that does it. Every row is proved: both sides
+of its lesson reach the same bits, and the test in the last column compares this behaviour.
 
-| the Trainer | the loop had to | with the Trainer |
-| --- | --- | --- |
+The number behind a line leads to that line, and a method's name to the library's source. `make
+ledger` writes this page from [ledger.toml](ledger.toml). A test fails where a line is gone.
+"""
+COLUMNS = """
+| the Trainer | the loop had to | with the Trainer | in the library | lesson |
+| --- | --- | --- | --- | --- |
 """
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a lesson: the piece of code that names it, its file, its number from 1 on."""
+    """A line of code: the piece that names it, its file, its number from 1 on."""
 
     code: str
     path: str
@@ -49,25 +62,64 @@ def line(side: str, lesson: str, text: str) -> Line:
     place, _, code = text.partition(": ")
     path = f"{place}.py" if place.startswith("lightning/") else f"{side}/{lesson}.py"
     code = code if place.startswith("lightning/") else text
-    for number, found in enumerate((ROOT / path).read_text(encoding="utf-8").splitlines(), 1):
+    return Line(code, path, _find(ROOT / path, path, code))
+
+
+def method(text: str) -> tuple[str, str]:
+    """Return the method of the library that a text such as "file.py: code" names, and its address.
+
+    It is the class and the function around the first line with that code. Raises BadInput where
+    the file has no such line.
+    """
+    path, _, code = text.partition(": ")
+    number = _find(LIBRARY / path, f"Lightning {VERSION}'s {path}", code)
+    names: list[str] = []
+    margin = 1000
+    for above in reversed((LIBRARY / path).read_text(encoding="utf-8").splitlines()[:number]):
+        found = re.match(r"( *)(?:def|class) (\w+)", above)
+        if found and len(found[1]) < margin:
+            names, margin = [found[2], *names], len(found[1])
+    return ".".join(names), f"{SOURCE}/{path}#L{number}"
+
+
+def _find(file: Path, name: str, code: str) -> int:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for number, found in enumerate(lines, 1):
         if code in found and not found.lstrip().startswith("#"):
-            return Line(code, path, number)
-    raise BadInput(f"the ledger names a line that is not in {path} any more: {code}")
+            return number
+    raise BadInput(f"the ledger names a line that is not in {name} any more: {code}")
+
+
+def check_test(name: str) -> None:
+    """Raise BadInput unless there is a test such as "test_x.py::test_y[case]"."""
+    file, _, function = name.partition("::")
+    function, _, case = function.rstrip("]").partition("[")
+    for code in (f"def {function}(", case):
+        _find(ROOT / "tests" / file, f"tests/{file}", code)
 
 
 def page() -> str:
     """Return the page."""
-    text, lesson = HEAD, ""
-    for row in rows():
-        if row["lesson"] != lesson:
+    text = HEAD
+    for topic, group in itertools.groupby(rows(), key=lambda row: row["topic"]):
+        text += f"\n## {topic}\n{COLUMNS}"
+        for row in group:
             lesson = row["lesson"]
-            text += f"| **[{lesson}]({lesson}.md)** | | |\n"
-        found = [[str(line(side, lesson, code)) for code in row[side]] for side in SIDES]
-        text += f"| {row['behaviour']} | {'<br>'.join(found[0])} | {'<br>'.join(found[1])} |\n"
+            found = [[str(line(side, lesson, code)) for code in row[side]] for side in SIDES]
+            names = dict(method(code) for code in row["library"])
+            found.append([f"[`{name}`]({address})" for name, address in names.items()])
+            check_test(row["test"])
+            proved = f'[test](../tests/{row["test"].partition("::")[0]} "{row["test"]}")'
+            cells = [
+                row["behaviour"],
+                *map("<br>".join, found),
+                f"[{lesson}]({lesson}.md), {proved}",
+            ]
+            text += f"| {' | '.join(cells)} |\n"
     return text
 
 
 if __name__ == "__main__":
-    with clear_messages():
+    with clear_messages(failed=2):
         PAGE.write_text(page(), encoding="utf-8")
         print(f"{PAGE.relative_to(ROOT)}: {len(rows())} rows.")

@@ -234,7 +234,7 @@ def record_side(side: str) -> dict[str, list[Call]]:
     return found
 
 
-def _record_elsewhere(side: str) -> dict[str, list[Call]]:
+def record_elsewhere(side: str) -> dict[str, list[Call]]:
     """Return what `record_side` does, from a process and a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="order-") as folder:
         command = [sys.executable, "-m", "common.proof.order", "--side", side]
@@ -262,7 +262,7 @@ def main(argv: list[str]) -> int:
         return 0
     if arguments.picture and arguments.picture.suffix != ".png":
         raise BadInput(f"--picture '{arguments.picture}' must end with .png.")
-    found = [_record_elsewhere(side) for side in SIDES]
+    found = [record_elsewhere(side) for side in SIDES]
     drawn = [last_step(calls[PRECISIONS[-1]]) for calls in found]
     table = Table("", *SIDES, title="the calls of one step, 16-mixed", title_justify="left")
     for number, pair in enumerate(itertools.zip_longest(*drawn), start=1):
@@ -284,5 +284,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with clear_messages():
+    with clear_messages(failed=2):
         sys.exit(main(sys.argv[1:]))

@@ -12,12 +12,13 @@ from common.networks import NETWORKS
 from common.proof.explain import draw, explain
 from common.proof.fingerprints import code_sha256, versions
 from common.proof.lessons import lessons, load
-from common.proof.watch import Result, hyperparameters
+from common.proof.watch import Result, at_chance, hyperparameters
 from common.run import parse
+from common.signals import Terminated
 
-import contextlib
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -260,22 +261,29 @@ def settings_of(lesson: str, argv: list[str]) -> Any:
 
 def run_if_needed(side: str, args: Any, argv: list[str]) -> int:
     """Run one side, unless its result is there; return the exit status."""
-    if _is_of(read_result(side, args), side, args):
+    reason = why_run(read_result(side, args), side, args)
+    if not reason:
         return 0
-    print(
-        f"The {side} side of {args.lesson} has not been run with these settings: running it.",
-        flush=True,
-    )
+    print(f"{reason}: running the {side} side of {args.lesson}.", flush=True)
     command = [sys.executable, str(ROOT / side / f"{args.lesson}.py"), *argv]
     status = _wait_for(subprocess.Popen(command))
-    return status if status in (0, 130) else 2  # a side that broke off is no difference
+    if status < 0:
+        raise BadInput(
+            f"the {side} side of {args.lesson} was ended by {signal.Signals(-status).name}, and "
+            "there is nothing to compare; run it again."
+        )
+    return status if status in (0, 130, 143) else 2  # a side that broke off is no difference
 
 
 def _wait_for(process: subprocess.Popen) -> int:
-    """Return the exit status; after Ctrl-C the other process says so and ends by itself."""
+    """Return the exit status; after Ctrl-C or SIGTERM the other process says so, and ends first."""
     while True:
-        with contextlib.suppress(KeyboardInterrupt):
+        try:
             return process.wait()
+        except KeyboardInterrupt:
+            continue  # it has got it, too
+        except Terminated:
+            process.terminate()
 
 
 def read_result(side: str, args: Any) -> Result:
@@ -287,23 +295,34 @@ def read_result(side: str, args: Any) -> Result:
         return {}
 
 
-def _is_of(result: Result, side: str, args: Any) -> bool:
-    """Tell whether a result was made by today's code, packages and data with these settings."""
+def why_run(result: Result, side: str, args: Any) -> str:
+    """Say why a side has to be run; "" where today's code, packages and data made its result."""
+    if not result:
+        return "There is no result yet"
     data = next(network.data for network in NETWORKS if network.lesson == args.lesson)
     if result.get("data") != data and args.data == "auto" and is_here(args.data_dir, data):
-        return False  # the shapes stood in, but the real images have come since
+        return f"The shapes stood in for {data}, but the real images are here now"
     if getattr(args, "weights", "") == "auto" and pretrained.came_after(
         args.backbone, args.runs_dir / args.lesson / side / "result.json"
     ):
-        return False  # random weights stood in, but the pretrained ones have come since
-    wanted = {
-        "seed": args.seed,
-        "hyperparameters": hyperparameters(args),
-        "versions": versions(),
-        "threads": args.threads,
-        "code_sha256": code_sha256(side),
-    }
-    return all(result.get(name) == wanted[name] for name in wanted)
+        return "Random weights stood in, but the pretrained ones are here now"
+    changed = [name for name, _, _ in _other(result.get("code_sha256"), code_sha256(side))]
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        return f"{changed[0]}{more} has changed since its run"
+    wanted = {"seed": args.seed, "threads": args.threads} | hyperparameters(args)
+    made = {"seed": result.get("seed"), "threads": result.get("threads")}
+    made |= result.get("hyperparameters") or {}
+    for name, then, now in _other(made, wanted) + _other(result.get("versions"), versions()):
+        return f"Its last run had {name} {then}, and {now} is asked for"
+    return ""
+
+
+def _other(then: Any, now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return the names whose values differ, with both values; one that is missing is None."""
+    then = then if isinstance(then, dict) else {}
+    names = [*now, *(name for name in then if name not in now)]
+    return [(n, then.get(n), now.get(n)) for n in names if then.get(n) != now.get(n)]
 
 
 def show(a: Result, b: Result, comparison: Comparison) -> None:
@@ -314,6 +333,8 @@ def show(a: Result, b: Result, comparison: Comparison) -> None:
     if comparison.agree:
         steps, accuracy = len(a["train_loss"]), a["test_accuracy"]
         print(f"The two sides agree: {steps:,} batches, test accuracy {accuracy:.2%}.")
+        if chance := at_chance(a):
+            print(f"Both are still at {chance}: they agree, but there was little to agree on.")
 
 
 def print_stages(title: str, comparison: Comparison, *more: tuple[str, str, str]) -> None:
@@ -374,5 +395,5 @@ NAMES = {
 
 
 if __name__ == "__main__":
-    with clear_messages():
+    with clear_messages(failed=2):
         sys.exit(main(sys.argv[1:]))

@@ -193,6 +193,10 @@ def show(result: Result, args: Any) -> None:
         print(f"The loss of step {step} is not a number: nothing was learned; try a smaller --lr.")
     elif loss is None:
         print("The test loss is not a number: the last steps spoiled it; try a smaller --lr.")
+    elif chance := at_chance(result):
+        print(
+            f"The network is still at {chance}: this run was too short, or --lr does not suit it."
+        )
     counts = torch.tensor(result["confusion_matrix"])
     returned = (counts.diag().sum() / counts.sum()).item()
     if not math.isclose(returned, result["test_accuracy"], abs_tol=1e-6) and not args_tta(args):
@@ -202,6 +206,12 @@ def show(result: Result, args: Any) -> None:
         )
     files = ", ".join(sorted(path.name for path in args.folder.glob("[!.]*")))
     print(f"Written to {args.folder}/: {files}")
+
+
+def at_chance(result: Result) -> str:
+    """Say at which level pure chance is, where a network is hardly better; else return ""."""
+    chance = 1 / len(result["test_accuracy_per_class"])
+    return f"chance level, {chance:.0%}" if result["test_accuracy"] < 1.5 * chance else ""
 
 
 def args_tta(args: Any) -> bool:
