@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -130,7 +131,8 @@ def _end(error: BaseException, failed: int) -> NoReturn:
         _exit(f"\n{signals.stopped(signal.SIGINT)}", status=130)
     if _after(error, signals.Terminated) or type(error).__name__ == "SIGTERMException":
         _exit(f"\n{signals.stopped(signal.SIGTERM)}", status=143)
-    if isinstance(error, BrokenPipeError) and _nobody_reads():
+    # Rich ends a program itself where it cannot print, with SystemExit(1).
+    if _after(error, BrokenPipeError) and (_nobody_reads() or isinstance(error, SystemExit)):
         _exit("Stopped, since nobody reads the output; what was written until now is kept.", 141)
     if sentence := _of_the_machine(error):
         _exit(f"\n{sentence}", failed)
@@ -173,14 +175,13 @@ def _nobody_reads() -> bool:
     """Tell whether the reader of this program's output is gone, as behind `| head -1`."""
     closed = False
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            closed = True
-            # Or Python, when it ends, would try once more, and complain.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        except (OSError, ValueError):
-            continue
+        with contextlib.suppress(OSError, ValueError):  # it is no file of the system's
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)  # errors are told in any case
+            if poll.poll(0):
+                closed = True
+                # Or Python, when it ends, would try once more, and complain.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return closed
 
 

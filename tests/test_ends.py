@@ -145,9 +145,9 @@ def test_a_process_that_loads_images_is_killed(number, side, server, tmp_path):
                     os.kill(pid, number)
         time.sleep(0.05)
     assert command.status == 1, command.said()
-    lines = [
-        line for line in command.stderr.splitlines() if line and "ERROR: Unexpected" not in line
-    ]
+    # PyTorch's C code has a line of its own for some signals.
+    said = command.stderr.replace("\0", "").splitlines()
+    lines = [line for line in said if line and "ERROR: Unexpected" not in line]
     assert len(lines) == 1, command.said()
     assert "A process that loads images was ended by the system" in lines[0]
     assert "use fewer --num-workers" in lines[0] and "Traceback" not in command.said()
@@ -186,7 +186,8 @@ def test_nobody_reads_the_output(lesson, side, server, tmp_path):
     command = server.lesson(side, lesson, tmp_path, closed=True)
     said = command.sentence(141)
     assert said == f"Stopped, since nobody reads the output; {KEPT}"
-    assert not list(tmp_path.rglob("result.json"))
+    # `resume` prints its table alone, when all is written.
+    assert len(list(tmp_path.rglob("result.json"))) == (lesson == "resume")
     count("closed pipes")
 
 
@@ -226,8 +227,9 @@ def test_what_a_kill_leaves_half_written_is_no_result(file, side, server, tmp_pa
     after = server.lesson(side, "cifar", tmp_path)
     assert after.status == 0, after.said()
     assert not list(tmp_path.rglob(".half-*"))
-    listed = after.stdout.splitlines()[-1]
-    assert listed.startswith("Written to ") and "half" not in listed and ", ." not in listed
+    folder, _, listed = after.stdout.splitlines()[-1].partition("/: ")
+    assert folder.startswith("Written to ") and "half" not in listed and " ." not in listed
+    assert "result.json" in listed
 
 
 # A command that starts others.
@@ -260,7 +262,8 @@ def test_what_a_command_started_ends_with_it(module, number, server, tmp_path):
         time.sleep(0.05)
     lines = [line for line in command.stderr.splitlines() if line]
     assert {line.partition(" by ")[0] for line in lines} <= {"Stopped"}, command.said()
-    assert "Traceback" not in command.said() and lines
+    assert "Traceback" not in command.said()
+    assert lines or module == "order"  # which keeps what its child says to itself
     count("commands that were ended, and what they had started with them")
 
 
