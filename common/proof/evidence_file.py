@@ -127,7 +127,10 @@ def _lines(file: Path) -> dict[int, Line]:
     """Return the whole lines of a file by the step that they reach, each with all its `forms`."""
     found: dict[int, Line] = {}
     forms: dict[Any, list[Any]] = {}
-    for text in read_text(file).splitlines() if file.exists() else []:
+    whole = ""
+    with contextlib.suppress(OSError):  # none is there, or it is no file of ours
+        whole = read_text(file)
+    for text in whole.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("global_step"), int):
