@@ -1,12 +1,29 @@
 # Every command of this repository. `make` alone prints them.
 # A target that needs packages sets them up first, once, in .venv.
 
-PYTHON ?= python3
+override PYTHON := $(or $(strip $(value PYTHON)),python3)
 ARGS ?=
+# Names go by the environment, as they were typed: what is in them is read by no make and no shell.
+override IMAGE := $(value IMAGE)
+override CHECKPOINT := $(value CHECKPOINT)
+override A := $(value A)
+override B := $(value B)
+export PYTHON IMAGE CHECKPOINT A B
+ifneq ($(value DATA_DIR),)
+override DATA_DIR := $(value DATA_DIR)
+export DATA_DIR
+endif
 # How many devices, on how many machines, and where these meet: DEVICES=2 NODES=2 RDZV=10.0.0.1:29400
 DEVICES ?=
 NODES ?=
 RDZV ?=
+override DEVICES := $(value DEVICES)
+override NODES := $(value NODES)
+override RDZV := $(value RDZV)
+SHELLS := ` $$ " ' ; & | < > ( ) { } [ ] * ? ! ~ \ \#
+ifneq ($(strip $(foreach each,$(SHELLS),$(findstring $(each),$(DEVICES)$(NODES)$(RDZV)))),)
+$(error DEVICES and NODES are numbers, and RDZV is HOST:PORT, such as RDZV=10.0.0.1:29400)
+endif
 MACHINES = $(DEVICES:%=--devices %) $(NODES:%=--num-nodes %) $(RDZV:%=--rdzv-endpoint %)
 BIN := .venv/bin
 # Tests run in as many processes as there are cores; those of a file in one, which share trainings.
@@ -17,6 +34,8 @@ ORDER := cifar fashion callbacks resume optimize parallel speed finetune
 LESSONS := $(strip $(filter $(FILES),$(ORDER)) $(filter-out $(ORDER),$(FILES)))
 # uv must take the Python of this machine, never fetch one of its own.
 export UV_PYTHON_DOWNLOADS := never
+# What is started here ends with make, also where that is killed (common/signals.py).
+export ENDS_WITH := make
 
 # What cannot be meant as it was typed is refused before anything is set up.
 NAMED := $(filter plain-% lightning-% parity-% diff-%,$(MAKECMDGOALS))
@@ -69,9 +88,9 @@ diff-%: .venv/ready FORCE ## show both sides of NAME side by side; ARGS='--cell 
 	@$(BIN)/python -m common.proof.sidebyside $* $(ARGS)
 
 predict: .venv/ready ## classify a picture: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=photo.jpg
-	@test -n "$(CHECKPOINT)" && test -n "$(IMAGE)" || { \
+	@test -n "$$CHECKPOINT" && test -n "$$IMAGE" || { \
 		echo "error: predict needs both names: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=photo.jpg" >&2; exit 2; }
-	@$(BIN)/python -m common.predict "$(CHECKPOINT)" "$(IMAGE)"
+	@$(BIN)/python -m common.predict -- "$$CHECKPOINT" "$$IMAGE"
 
 ##@ Prove
 parity-%: .venv/ready FORCE ## prove that both sides of NAME do the same; the same options
@@ -88,9 +107,9 @@ order: .venv/ready ## record the order of one optimizer step on both sides of op
 
 ##@ Doctor
 doctor: .venv/ready ## name the first difference of two traced runs: make doctor A=loop.trace B=port.trace
-	@test -n "$(A)" && test -n "$(B)" || { \
+	@test -n "$$A" && test -n "$$B" || { \
 		echo "error: doctor needs two traces: make doctor A=loop.trace B=port.trace; docs/doctor.md says how to make them" >&2; exit 2; }
-	@$(BIN)/python -m samebits "$(A)" "$(B)"
+	@$(BIN)/python -m samebits -- "$$A" "$$B"
 
 controls: .venv/ready ## try the doctor on single changes and on equal runs; write the tables of docs/doctor.md
 	@$(BIN)/python tests/controls.py
@@ -156,26 +175,42 @@ lock: .venv/ready ## write requirements.lock anew from pyproject.toml, for every
 	@cmp -s .venv/lock requirements.lock || mv .venv/lock requirements.lock
 
 clean: ## remove .venv and what the tools left; runs/ and data/ stay
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv.* .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 
-# `ready` is written last, so that an interrupted set-up begins again.
+# What is installed is compared with the lock, not its time: a change of branch writes it anew.
+INSTALLED := cmp -s requirements.lock .venv/lock.installed && $(BIN)/python -c '' 2>/dev/null
+# `ready` is written last, so that an interrupted set-up begins again. The new .venv is built beside
+# the one that is there and takes its place when it is whole: without a network, nothing is lost.
+# Hence relocatable: the programs in it find its Python by their own place.
 .venv/ready: requirements.lock
-	@command -v $(PYTHON) >/dev/null || { \
-		echo "error: there is no '$(PYTHON)' on this machine; install Python 3.11 to 3.15, or name one: make PYTHON=python3.12 ..." >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 16))' || { \
-		echo "error: '$(PYTHON)' is $$($(PYTHON) -V 2>&1), but PyTorch and this code need 3.11 to 3.15; install one of these, or name it: make PYTHON=python3.12 ..." >&2; exit 2; }
-	@command -v uv >/dev/null || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-		echo "error: '$(PYTHON)' lacks its modules venv and ensurepip; install them (Debian, Ubuntu: apt install python3-venv)." >&2; exit 2; }
-	@echo "Setting up .venv, once. It takes some minutes, and on Linux 6 GB for PyTorch with CUDA."
-	@rm -rf .venv
-# Without uv on the path, pip fetches the one that the lock names, by its hash.
-	@if command -v uv >/dev/null; then uv venv --quiet --python $(PYTHON) .venv; else \
-		$(PYTHON) -m venv .venv && sed -n '/^uv==/,/# via/p' requirements.lock >.venv/uv.txt && \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.txt; fi
-# On a terminal uv shows how far it is.
-	@uv=$$(command -v uv || echo $(BIN)/uv) && \
-		$$uv pip sync $$(test -t 2 || echo --quiet) --python $(BIN)/python --require-hashes requirements.lock && \
-		$$uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@$(INSTALLED) || command -v "$$PYTHON" >/dev/null || { \
+		echo "error: there is no '$$PYTHON' on this machine; install Python 3.11 to 3.15, or name one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(INSTALLED) || "$$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 16))' || { \
+		echo "error: '$$PYTHON' is $$("$$PYTHON" -V 2>&1), but PyTorch and this code need 3.11 to 3.15; install one of these, or name it: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(INSTALLED) || command -v uv >/dev/null || "$$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: '$$PYTHON' lacks its modules venv and ensurepip; install them (Debian, Ubuntu: apt install python3-venv)." >&2; exit 2; }
+	@$(INSTALLED) || echo "Setting up .venv, once. It takes some minutes, and on Linux 6 GB for PyTorch with CUDA."
+# What a killed set-up left is removed, or put back. Without uv on the path, pip fetches the one that
+# the lock names, by its hash. On a terminal uv shows how far it is.
 # Only samebits is installed. `common` is found by the path: its name is too common for others.
-	@pwd >"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/repository.pth"
+	@$(INSTALLED) || { \
+		for left in .venv.new.* .venv.uv.* .venv.old.*; do \
+			kill -0 "$${left##*.}" 2>/dev/null && continue; \
+			case $$left in .venv.old.*) test -e .venv || ! test -e "$$left" || mv "$$left" .venv;; esac; \
+			rm -rf "$$left"; done; \
+		new=.venv.new.$$$$ old=.venv.old.$$$$ uv=$$(command -v uv || echo .venv.uv.$$$$/bin/uv); \
+		{ command -v uv >/dev/null || { \
+			"$$PYTHON" -m venv .venv.uv.$$$$ && \
+			sed -n '/^uv==/,/# via/p' requirements.lock >.venv.uv.$$$$/uv.txt && \
+			.venv.uv.$$$$/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv.uv.$$$$/uv.txt; }; } && \
+		$$uv venv --quiet --relocatable --python "$$PYTHON" $$new && \
+		$$uv pip sync $$(test -t 2 || echo --quiet) --python $$new/bin/python --require-hashes requirements.lock && \
+		$$uv pip install --quiet --python $$new/bin/python --no-deps --no-build-isolation --editable . && \
+		pwd >"$$($$new/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/repository.pth" && \
+		cp requirements.lock $$new/lock.installed && touch $$new/ready && \
+		{ ! test -e .venv || mv .venv $$old; } && mv $$new .venv; status=$$?; \
+		test -e .venv || ! test -e $$old || mv $$old .venv; \
+		rm -rf $$new $$old .venv.uv.$$$$; \
+		test $$status = 0 || { \
+			echo "error: .venv was not set up, for the reason above; what was there is as it was." >&2; exit 2; }; }
 	@touch $@

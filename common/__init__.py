@@ -1,6 +1,7 @@
 """What lessons import, flat; and two folders that none imports: what proves, and the doctor."""
 
 from common.messages import one_sentence_during_imports
+from common.signals import end_with_starter
 
 import os
 import sys
@@ -10,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 SIDES = ("plain", "lightning")
 
 one_sentence_during_imports()
+end_with_starter()
 # Before PyTorch is imported, which reads it once: its network code warns of host names that no
 # server knows, and prints each failure before it raises the error that is told in one sentence.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")

@@ -5,6 +5,8 @@ A checkpoint is what torch.save made of a dict: a bare state_dict (weights.pt), 
 names and puts "model." before every weight's.
 """
 
+from common.files import open_regular
+from common.folders import HALF
 from common.messages import BadInput
 
 import contextlib
@@ -40,7 +42,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
     made where it is missing. Raises BadInput where the system refuses, as when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=HALF, suffix=path.suffix, dir=path.parent)
     temporary = Path(name)
     try:
         # The open file, not its name: torch.save would write that name into it.
@@ -70,7 +72,7 @@ def read(path: Path) -> dict[str, Any]:
     torch.save, holds anything but tensors and plain values, or holds no dict.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if fault := _fault(file):
                 _refuse(path, fault)
             content = _load(path, file)
@@ -105,8 +107,10 @@ def _fault(file: IO[bytes]) -> str | None:
     try:
         with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
+            # torch.save packs nothing: a packed part may be small in the file and huge in memory.
+            packed = any(part.compress_type for part in parts)
             folders = [part.filename for part in parts if part.external_attr & 0x10]  # that bit
-            broken = archive.testzip() or next(iter(folders), None)
+            broken = None if packed else archive.testzip() or next(iter(folders), None)
     except Exception:  # an altered byte can raise anything
         return ALTERED if begins else _code(head) or "is not a checkpoint at all"
     if not begins:
@@ -116,8 +120,7 @@ def _fault(file: IO[bytes]) -> str | None:
     names = {part.filename.partition("/")[2] for part in parts}
     if "constants.pkl" in names:
         return "is a TorchScript archive, a program and not a dict of weights"
-    # torch.save packs nothing: a packed part may be small in the file and huge in memory.
-    if "data.pkl" not in names or any(part.compress_type for part in parts):
+    if "data.pkl" not in names or packed:
         return "is a zip archive, but not one that torch.save wrote"
     return None
 

@@ -3,6 +3,7 @@
 Only a download needs torchvision, whose import takes seconds.
 """
 
+from common.files import read_bytes
 from common.folders import is_writable
 from common.messages import BadInput
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 DATA_DIR = Path("data")  # where the images lie unless --data-dir or DATA_DIR says otherwise
+MOST_ARCHIVE = 2**28  # bytes; CIFAR-10's has 170 million
 NETWORK_SECONDS = 8.0  # how long to wait for the server before saying that there is no network
 
 # Images, uint8 [count, channels, height, width], and their labels, int64 [count].
@@ -169,7 +171,9 @@ def read_real(name: str, folder: Path) -> Contents:
 
 def _checked(path: Path, md5: str) -> bytes:
     """Return what a file holds; raise BadInput where it is missing, cut short or altered."""
-    content = path.read_bytes() if path.is_file() else b""
+    content = b""
+    with contextlib.suppress(OSError):  # also where it is no regular file, or far too large
+        content = read_bytes(path)
     if _md5(content) != md5:
         raise BadInput(
             f"the data file '{path}' is missing, cut short or altered (its md5 sum is not {md5}); "
@@ -206,7 +210,7 @@ def _download(real: Source, folder: Path) -> None:
                 archive = Path(temporary, name)
                 with giving_up():
                     download_url(url, temporary, name, md5)
-            if _md5(archive.read_bytes()) != md5:
+            if not archive.is_file() or _md5(read_bytes(archive, MOST_ARCHIVE)) != md5:
                 raise BadInput(
                     f"the data file '{archive}' is cut short or altered (its md5 sum is not "
                     f"{md5}); remove it to have it downloaded again, or use --data shapes."

@@ -1,12 +1,20 @@
 """The folder of a run: made ready without losing the run before, and read and written whole."""
 
+from common.messages import BadInput, notice
+
+import contextlib
 import csv
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
 
 # What a run leaves behind; evidence.jsonl only one that can be resumed.
 FILES = (
@@ -22,29 +30,136 @@ EVIDENCE = "evidence.jsonl"
 # What some lessons write beside these; hparams.yaml is the Trainer's.
 OTHERS = ("optimizer.png", "hparams.yaml", EVIDENCE)
 FOLDERS = ("checkpoints", "pictures", "tensorboard", "wandb")
+HALF = ".half-"  # how the name of a file begins that is being written
+ASIDE = ".before"  # where a run's results lie until the one that is resumed has made a step
 
 
 def start_folder(folder: Path, resumed: bool = False) -> Path:
     """Return a run's folder, without an earlier run's files.
 
-    Otherwise a run that is stopped would leave its metrics beside another run's result. A complete
-    run is not lost, nor one that can be resumed: its folder becomes SIDE.previous, in place of the
-    one before it. `resumed` keeps its checkpoints and its evidence, but not its results.
+    Otherwise a run that is stopped would leave its metrics beside another run's result. What was
+    there is set aside until the new run has made a step: then `settle` decides what becomes of it.
+    A run that fails before leaves all as it was, by `put_back`. `resumed` keeps the folder, with
+    its checkpoints and its evidence; the results alone are set aside.
     """
-    unfinished = any((folder / "checkpoints").glob("step_*.ckpt"))
-    if not resumed and (unfinished or (folder / "result.json").exists()):
-        previous = folder.with_name(f"{folder.name}.previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
+    if resumed:
+        _put_back_results(folder)
+        _remove_halves(folder)
+        aside = folder / ASIDE
+        aside.mkdir()
+        # result.json first: with it the results are whole, wherever they are.
+        found = [path for path in folder.iterdir() if path.name in {*FILES, *OTHERS} - {EVIDENCE}]
+        for path in sorted(found, key=lambda path: path.name != "result.json"):
+            path.rename(aside / path.name)
+        return folder
+    put_back(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in {*FILES, *OTHERS} - ({EVIDENCE} if resumed else set()):
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.glob("evidence.*.jsonl") if not resumed else ():  # of other ranks
-        path.unlink()
-    for name in FOLDERS:
-        if not resumed:
-            shutil.rmtree(folder / name, ignore_errors=True)
+    folder.rename(_aside(folder))
+    folder.mkdir()
     return folder
+
+
+def _aside(folder: Path) -> Path:
+    """Return where the folder of the run before lies until the new one has made a step."""
+    return folder.with_name(f".{folder.name}{ASIDE}")
+
+
+def _remove_halves(folder: Path) -> None:
+    """Remove what a kill left of files that were being written."""
+    for half in folder.rglob(f"{HALF}*"):
+        half.unlink()
+
+
+def settle(folder: Path) -> None:
+    """Let the run in a folder take the place of what `start_folder` set aside.
+
+    A complete run is not lost, nor one that can be resumed: its folder becomes SIDE.previous, in
+    place of the one before it. Of any other, files that no run wrote stay in the folder.
+    """
+    aside, previous = _aside(folder), folder.with_name(f"{folder.name}.previous")
+    if (folder / ASIDE).exists():
+        (folder / ASIDE / "result.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / ASIDE)
+    if not aside.exists():
+        return
+    _remove_halves(aside)
+    if (aside / "result.json").exists() or any(aside.glob("checkpoints/step_*.ckpt")):
+        gone = folder.with_name(f".{folder.name}.gone")
+        if previous.exists():
+            previous.rename(gone)
+        aside.rename(previous)
+        shutil.rmtree(gone, ignore_errors=True)
+        return
+    for path in aside.iterdir():
+        if path.name not in {*FILES, *OTHERS, *FOLDERS} and not path.match("evidence.*.jsonl"):
+            path.rename(folder / path.name)
+    shutil.rmtree(aside)
+
+
+def put_back(folder: Path) -> None:
+    """Undo what `start_folder` did for a run that made no step; a kill may have been its end."""
+    aside, previous = _aside(folder), folder.with_name(f"{folder.name}.previous")
+    gone = folder.with_name(f".{folder.name}.gone")
+    if aside.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        with contextlib.suppress(OSError):  # it is empty where there was none
+            folder.rmdir()
+    _put_back_results(folder)
+    if gone.exists() and not previous.exists():
+        gone.rename(previous)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _put_back_results(folder: Path) -> None:
+    inside = folder / ASIDE
+    if not inside.exists():
+        return
+    # result.json went first, and comes back last: without it, the run has made a step.
+    if (inside / "result.json").exists() or not any(inside.iterdir()):
+        for path in sorted(inside.iterdir(), key=lambda path: path.name == "result.json"):
+            path.replace(folder / path.name)
+    shutil.rmtree(inside)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other run out of a run's folder while the block runs.
+
+    The lock is the system's: it ends with the process, however that ends, and a process that is
+    forked has no part in it. What a killed run had set aside is put back. Where the system has no
+    such locks (Windows, some network drives), nothing keeps a second run out.
+
+    Raises BadInput where another run holds it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    with contextlib.ExitStack() as stack:
+        while fcntl:
+            file = stack.enter_context(path.open("a+"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                raise BadInput(
+                    f"another run is in '{folder}' (process {file.read().strip()}); wait until it "
+                    "has ended, or name another folder by --runs-dir."
+                ) from None
+            except OSError as error:
+                notice(
+                    f"The folder '{folder}' cannot be locked ({error.strerror}): mind that no",
+                    "other run begins in it.",
+                )
+                break
+            # The one that held it may have removed the file meanwhile: then it is no lock.
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                file.truncate(0)
+                file.write(f"{os.getpid()}\n")
+                file.flush()
+                stack.callback(path.unlink, missing_ok=True)
+                break
+        put_back(folder)
+        yield
 
 
 def is_writable(folder: Path) -> bool:
@@ -58,7 +173,7 @@ def is_writable(folder: Path) -> bool:
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=HALF, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:

@@ -64,11 +64,14 @@ class ProcessOptions(Options):
 
         Raises Stopped where a process, or the meeting of several machines, failed.
         """
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            _start(self)
-            return True
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return False
+        _start(self)
+        return True
+
+    def begin(self) -> None:
+        """Let all processes agree, and find the checkpoint to resume from."""
         begin(self)
-        return False
 
 
 def _check_devices(args: Any) -> None:
@@ -272,7 +275,8 @@ def _ended(failures: dict[int, ProcessFailure], world: int) -> Stopped:
         """Rank who lost another process, and last those whom torchrun itself then ended."""
         # It sends SIGTERM, and SIGKILL after 30 seconds to those that do not listen.
         unheard = failure.exitcode == -signal.SIGKILL and failure.timestamp > began + 20
-        return 2 if unheard or failure.exitcode == -signal.SIGTERM else failure.exitcode == LOST
+        ended = failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+        return 2 if unheard or ended else failure.exitcode == LOST
 
     rank, failure = min(failures.items(), key=lambda item: late(item[1]))
     if failure.exitcode < 0:

@@ -3,12 +3,14 @@
 `python -m common.predict CHECKPOINT IMAGE`, or `make predict CHECKPOINT=... IMAGE=...`.
 """
 
+from common import results
 from common.checkpoints import fill, read, weights
 from common.data import Images
-from common.messages import BadInput, Parser, clear_messages
+from common.files import open_regular
+from common.messages import BadInput, Parser, clear_messages, printable
 from common.networks import Network, identify
 
-import json
+import contextlib
 import sys
 import warnings
 from pathlib import Path
@@ -40,7 +42,7 @@ def picture(path: Path, network: Network) -> Tensor:
     """
     mode, size = FORMS[network.data]
     try:
-        with path.open("rb") as file, warnings.catch_warnings():
+        with open_regular(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             square = _square(Image.open(file, formats=FORMATS), mode, size)
@@ -67,6 +69,12 @@ class Unclear(Exception):
 
 def _square(image: Image.Image, mode: str, size: int) -> Image.Image:
     """Return the middle square of an opened picture in a mode, L or RGB, and a size in pixels."""
+    long, short = max(image.size), min(image.size)
+    if long > 2 * short:  # what is far from the middle square would take memory alone
+        cut = (long - 2 * short) // 2
+        sideways = image.width > image.height
+        left, top = (cut, 0) if sideways else (0, cut)
+        image = image.crop((left, top, image.width - left, image.height - top))
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # PIL itself would make all above 255 white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -90,12 +98,10 @@ def about(content: dict[str, Any], path: Path) -> dict[str, Any]:
     From the checkpoint's hyper_parameters, and for what they lack from the result.json beside it.
     """
     known: dict[str, Any] = {}
-    try:
-        result = json.loads((path.parent / "result.json").read_text(encoding="utf-8"))
-        known = {name: result[name] for name in ("lesson", "data")}
-        known["classes"] = list(result["test_accuracy_per_class"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # none there, or not one that a run wrote
+    with contextlib.suppress(BadInput):  # one that no run wrote
+        if result := results.read(path.parent / "result.json"):
+            known = {name: result[name] for name in ("lesson", "data")}
+            known["classes"] = list(result["test_accuracy_per_class"])
     settings = content.get("hyper_parameters")
     return known | settings if isinstance(settings, dict) else known
 
@@ -141,7 +147,7 @@ def show(shares: Tensor, network: Network, known: dict[str, Any], image: Path) -
         and all(isinstance(name, str) and name.isprintable() for name in classes)
     )
     names = classes if named else [f"class {number}" for number in range(len(shares))]
-    table = Table(title=Text(f"{network.lesson}: {image.name}"), title_justify="left")
+    table = Table(title=Text(printable(f"{network.lesson}: {image.name}")), title_justify="left")
     table.add_column("class")
     table.add_column("probability", justify="right")
     order = shares.argsort(descending=True).tolist()

@@ -1,9 +1,11 @@
 """The weights of torchvision's pretrained networks: found, downloaded, or done without."""
 
 from common.download import Unreachable, giving_up, probe
+from common.files import open_regular
 from common.messages import BadInput, notice
 from common.models import Transfer
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -33,12 +35,14 @@ def load_pretrained(net: Transfer, backbone: str, choice: str) -> str:
             ) from None
         _print_notice(backbone, path, reason)
         return "random"
-    with path.open("rb") as file:
-        if not hashlib.file_digest(file, "sha256").hexdigest().startswith(digest):
-            raise BadInput(
-                f"the file '{path}' is cut short or altered (its sha256 does not begin with "
-                f"{digest}); remove it to have it downloaded again, or use --weights random."
-            )
+    found = ""
+    with contextlib.suppress(OSError), open_regular(path) as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    if not found.startswith(digest):
+        raise BadInput(
+            f"the file '{path}' is cut short or altered (its sha256 does not begin with "
+            f"{digest}); remove it to have it downloaded again, or use --weights random."
+        )
     weights = torch.load(path, map_location="cpu", weights_only=True)
     # All but the last layer, which chose among ImageNet's thousand classes.
     for name in ("weight", "bias"):

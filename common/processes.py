@@ -7,9 +7,9 @@ the training, they talk through the process group that the lesson opens.
 from common import resume
 from common.data import Data
 from common.messages import BadInput, Stopped
+from common.signals import end_with_parent
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -93,11 +93,10 @@ def is_lost(error: RuntimeError) -> bool:
 
 
 def _end_with(parent: str | None) -> None:
-    """Let the system end this process when torchrun, which started it, is killed; Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if parent and os.getppid() != int(parent):  # it was killed before
-            sys.exit(1)
+    """Let this process be killed when torchrun, which started it, is."""
+    end_with_parent(signal.SIGKILL)
+    if parent and os.getppid() != int(parent):  # it was killed before
+        sys.exit(1)
 
 
 # From here on: before they train.

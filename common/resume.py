@@ -1,14 +1,16 @@
 """From which checkpoint a run is resumed, and how it is stopped in order, for both sides."""
 
-from common import checkpoints
+from common import checkpoints, signals
 from common.folders import EVIDENCE, start_folder
 from common.messages import BadInput, Stopped, notice
 
 import contextlib
+import os
 import random
 import shutil
 import signal
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -19,7 +21,10 @@ import torch
 
 KEPT = 3  # checkpoints from which a run can be resumed, beside the best one
 # What every such checkpoint holds, and of which kind it is.
-PARTS = {"global_step": int, "state_dict": dict, "optimizer_states": list, "lr_schedulers": list}
+PARTS = {
+    "epoch": int, "global_step": int, "state_dict": dict, "optimizer_states": list,
+    "lr_schedulers": list, "random": dict,
+}  # fmt: skip
 # Settings that may change when a run is resumed: the numbers stay those of the run that was never
 # stopped. `data` is checked where the images are loaded, and the classes follow from it.
 FREE = ("limit_test_batches", "accelerator", "data", "classes")
@@ -57,9 +62,11 @@ def begin(
             "begins there; copy the folder elsewhere, and name the file in the copy."
         )
     args.begun_at = content["global_step"]
-    args.rows_before = rows_before(args, source / EVIDENCE, content["epoch"])
+    _check_parts(path, content, source / EVIDENCE)
+    args.rows_before = rows_before(args, source / EVIDENCE, content)
     if best_too and any("val_loss" in row for row in args.rows_before):
-        _checked(path.with_name("best.ckpt"), args, free, parts)
+        best = path.with_name("best.ckpt")
+        _check_parts(best, _checked(best, args, free, parts), source / EVIDENCE)
     # The same images as then: auto must not fall back to others.
     then = content["hyper_parameters"]["data"]
     if args.data not in ("auto", then):
@@ -86,18 +93,19 @@ def make_ready(args: Any, folder: Path) -> None:
         for path in (*source.glob("evidence*.jsonl"), *source.glob("checkpoints/best.ckpt")):
             shutil.copyfile(path, folder / path.relative_to(source))
         shutil.copyfile(args.ckpt_path, own / f"step_{args.begun_at:08d}.ckpt")
-    for half in (folder / "checkpoints").glob(".*.ckpt"):  # what a kill left while it was written
-        half.unlink()
 
 
-def rows_before(args: Any, evidence: Path, epoch: int) -> list[dict[str, Any]]:
+def rows_before(args: Any, evidence: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of metrics.csv before the step args.begun_at, as the evidence has them.
 
-    `epoch` is the checkpoint's. Raises BadInput where the evidence does not reach it.
+    `content` is the checkpoint's. Raises BadInput where the evidence does not reach it, or lacks
+    something of the steps before.
     """
-    from common.proof.evidence import read  # which no lesson needs
+    from common.proof.evidence_file import check, check_rows, read  # which no lesson needs
 
     lines, found = read(evidence, args.begun_at), dict[Any, dict[str, Any]]()
+    groups = [group for each in content["optimizer_states"] for group in each["param_groups"]]
+    check(lines, evidence, args, sum(len(group["params"]) for group in groups))
     for row in [row for line in lines for row in line["rows"]]:
         if row["step"] < args.begun_at:
             found.setdefault((row["step"], *sorted(row)), row)  # each once
@@ -107,10 +115,25 @@ def rows_before(args: Any, evidence: Path, epoch: int) -> list[dict[str, Any]]:
     # The Trainer writes the checkpoint of a step before its row. (In 16-mixed the loss was seen
     # scaled up: then the row stays out.)
     if due and not there and getattr(args, "precision", "") != "16-mixed":
-        row = {"epoch": epoch, "step": last_step, "train_loss": lines[-1]["losses"][-1]}
+        row = {"epoch": content["epoch"], "step": last_step, "train_loss": lines[-1]["losses"][-1]}
         after = next((n for n, r in enumerate(rows) if r["step"] >= last_step), len(rows))
         rows.insert(after, row)
+    check_rows(rows, evidence, content["epoch"], args)
     return rows
+
+
+def _check_parts(path: Path, content: dict[str, Any], evidence: Path) -> None:
+    """Raise BadInput unless a checkpoint has all parts with which its run wrote it."""
+    from common.proof.evidence_file import form, read
+
+    same = False
+    with contextlib.suppress(TypeError, RecursionError):  # whatever its parts may be
+        same = form(content) in read(evidence, content["global_step"])[-1]["forms"]
+    if not same:
+        raise BadInput(
+            f"the checkpoint '{path}' lacks a part with which it was written, or has another one; "
+            "name another file, or leave out --ckpt-path to begin at the start."
+        )
 
 
 def last(folder: Path) -> Path | None:
@@ -160,16 +183,18 @@ def _fault(
     then, advice = content.get("hyper_parameters"), "name another file"
     if not isinstance(then, dict) or "lesson" not in then:
         return f"holds weights alone, from which no training can be resumed; {advice}"
-    if then["lesson"] != settings["lesson"]:
+    if not isinstance(then["lesson"], str) or then["lesson"] != settings["lesson"]:
         return f"is of the lesson {then['lesson']}, not of {settings['lesson']}; {advice}"
     wrote = "lightning" if "pytorch-lightning_version" in content else "plain"
     if wrote != side:
         return f"is of the {wrote} side, and each side resumes its own; {advice}"
     for name, kind in parts.items():
-        if not isinstance(content.get(name), kind):
+        if type(content.get(name)) not in (kind, OrderedDict):
             return f"lacks {name!r}; {advice}"
+    if content["global_step"] < 1 or content["epoch"] < 0 or not isinstance(then.get("data"), str):
+        return f"has no step, epoch or data that a run can be resumed from; {advice}"
     for name in sorted(settings):
-        if then.get(name) != settings[name]:
+        if repr(then.get(name)) != repr(settings[name]):  # of whatever kind it is
             return (
                 f"was made with {name} {then.get(name)!r}, and now it is {settings.get(name)!r}; "
                 "resume with the options of the run that wrote it"
@@ -223,7 +248,7 @@ class Stop:
         days, hours, minutes, seconds = map(int, (max_time or "99:00:00:00").split(":"))
         limit = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
         self.deadline = time.monotonic() + limit
-        self.max_time, self.signal = max_time, 0
+        self.max_time, self.signal, self.pid = max_time, 0, os.getpid()
 
     @property
     def asked(self) -> bool:
@@ -243,7 +268,10 @@ class Stop:
         )
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.pid:
+            return  # a process that loads images: it is ended by this one
         if self.signal == signal.SIGINT:
+            signal.signal(signal.SIGINT, signals.leave)  # at the next one, at once
             raise KeyboardInterrupt
         self.signal = number
 

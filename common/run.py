@@ -6,14 +6,13 @@ threads, the folder, what parity compares, the pictures and the final table.
 """
 
 from common.data import VALIDATION, count_batches
-from common.folders import EVIDENCE, is_writable, start_folder
+from common.folders import EVIDENCE, is_writable, locked, start_folder
 from common.logger import check_logger
 from common.messages import BadInput, clear_messages
 from common.networks import NETWORKS
 
 import contextlib
 import inspect
-import math
 import os
 import re
 import sys
@@ -55,18 +54,23 @@ class Options:
     rows_before: list[dict[str, Any]] = field(default_factory=list, init=False)  # until then
     used_data: str = field(default="", init=False)  # cifar10, fashionmnist or shapes
     classes: tuple[str, ...] = field(default=(), init=False)
+    started: bool = field(default=False, init=False)  # this process has made its folder ready
+
+    @property
+    def place(self) -> Path:
+        """Where the results lie: RUNS_DIR/LESSON/SIDE."""
+        return self.runs_dir / self.lesson / self.side
 
     @property
     def folder(self) -> Path:
-        """The folder for results, RUNS_DIR/LESSON/SIDE; made ready where it is first asked for.
+        """The folder for results; made ready where it is first asked for.
 
         Not before: what is refused until then leaves the run that is there as it was.
         """
-        folder = self.runs_dir / self.lesson / self.side
-        if "started" not in vars(self):
+        folder = self.place
+        # Of several processes, the first one does it.
+        if not self.started and int(os.environ.get("RANK", 0)) == 0:
             self.started = True
-            if int(os.environ.get("RANK", 0)) > 0:  # of several processes, the first one does it
-                return folder
             if self.begun_at:
                 from common import resume  # which only some lessons need
 
@@ -74,6 +78,13 @@ class Options:
             else:
                 start_folder(folder)
         return folder
+
+    def begin(self) -> None:
+        """Find the checkpoint to resume from, where a lesson has --ckpt-path and it is given."""
+        if getattr(self, "ckpt_path", None):
+            from common import resume  # which only some lessons need
+
+            resume.begin(self)
 
     def settings(self) -> dict[str, Any]:
         """Return what the numbers depend on, as plain values, for checkpoints and loggers."""
@@ -106,7 +117,12 @@ AT_LEAST_1 = (
     "checkpoint_every_n_steps", "devices", "num_nodes", "timeout", "threads",
 )  # fmt: skip
 SHARES = ("label_smoothing", "ema_decay", "freeze_at")
-MOST = {"seed": 2**32 - 1, "threads": os.cpu_count() or 1, "num_workers": 1000}
+MOST = {
+    "seed": 2**32 - 1, "threads": os.cpu_count() or 1, "num_workers": 1000,
+    "translate": 31,  # of images with 32 pixels, whose border is mirrored
+}  # fmt: skip
+# Above it, float32 has no number for what a step is multiplied by: Adam's first one is 10 * lr.
+MOST_LR = {"callbacks": 1e37, "speed": 1e37}
 
 
 def run(main: Callable[[Any], nn.Module], args_class: type[Options]) -> None:
@@ -114,16 +130,14 @@ def run(main: Callable[[Any], nn.Module], args_class: type[Options]) -> None:
     around = getattr(args_class, "in_process", contextlib.nullcontext)  # of common.launch
     with clear_messages(), around():
         args = parse(args_class, inspect.getfile(main))
-        if hasattr(args, "start_processes"):
-            if args.start_processes():
-                return  # they have done it
-        elif getattr(args, "ckpt_path", None):
-            from common import resume  # which only some lessons need
+        if hasattr(args, "start_processes") and args.start_processes():
+            return  # they have done it
+        first = int(os.environ.get("RANK", 0)) == 0  # of several processes
+        with locked(args.place) if first else contextlib.nullcontext():
+            args.begin()
+            from common.proof import watch  # the proof's imports, and matplotlib's, only now
 
-            resume.begin(args)
-        from common.proof import watch  # the proof's imports, and matplotlib's, only now
-
-        watch.show(watch.watch(main, args), args)
+            watch.show(watch.watch(main, args), args)
 
 
 def parse(args_class: type[Options], script: str | Path, argv: Sequence[str] | None = None) -> Any:
@@ -152,7 +166,7 @@ def ready(args: Any, script: str | Path) -> Any:
     args.lesson, args.side = path.stem, path.parent.name
     for own in fields(args):
         if own.init:
-            _check_number(own.name, getattr(args, own.name))
+            _check_number(own.name, getattr(args, own.name), args.lesson)
     if not re.fullmatch(r"(\d\d:\d\d:\d\d:\d\d)?", getattr(args, "max_time", "")):
         raise BadInput(
             f"--max-time {args.max_time}: expected DD:HH:MM:SS, such as 00:01:30:00 for an hour "
@@ -182,8 +196,7 @@ def ready(args: Any, script: str | Path) -> Any:
 
 def evidence_file(args: Any) -> Path | None:
     """Return where a run that can be resumed keeps what it did; None for all others."""
-    folder = args.runs_dir / args.lesson / args.side  # not yet made ready
-    return folder / EVIDENCE if hasattr(args, "ckpt_path") else None
+    return args.place / EVIDENCE if hasattr(args, "ckpt_path") else None
 
 
 def planned_steps(args: Any) -> int:
@@ -203,7 +216,7 @@ def default_threads(batch_size: int) -> int:
     return 1 if batch_size < 128 else min(os.cpu_count() or 1, 8)
 
 
-def _check_number(name: str, value: Any) -> None:
+def _check_number(name: str, value: Any, lesson: str) -> None:
     """Refuse a number that is out of its option's range."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
@@ -212,7 +225,8 @@ def _check_number(name: str, value: Any) -> None:
         wanted = "a whole number of batches from 1 on, or a share in (0, 1] such as 0.1 or 1.0"
         fits = value >= 1 if isinstance(value, int) else 0 < value <= 1
     elif name == "lr":
-        wanted, fits = "a number above 0", 0 < value < math.inf
+        most_lr = MOST_LR.get(lesson, 1e38)
+        wanted, fits = f"a number above 0, at most {most_lr:g}", 0 < value <= most_lr
     else:
         whole = "whole " * isinstance(value, int)
         wanted = f"a {whole}number from {least} " + ("on" if most == 10**9 else f"to {most}")

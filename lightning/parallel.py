@@ -4,7 +4,7 @@ Run it with `make lightning-parallel DEVICES=2`. Its twin is plain/parallel.py.
 """
 
 # %% Imports
-from common import processes, resume
+from common import checkpoints, processes, resume
 from common.data import Normalize, load_images, make_loaders
 from common.launch import ProcessOptions
 from common.models import Net, NormNet
@@ -111,6 +111,9 @@ def main(args):
     if args.precision == "64-true":
         #: The Trainer does it too late: after loading a checkpoint's weights, rounded.
         net.double()
+    if args.ckpt_path:
+        #: To refuse what does not fit. The Trainer loads it again, with all the rest.
+        checkpoints.load(net, args.ckpt_path)
     model = LitParallel(net, args)
     #: Each row at once: a run that is killed keeps them.
     csv = dict(version="", flush_logs_every_n_steps=1)

@@ -88,7 +88,7 @@ class EndWhenAsked(L.pytorch.callbacks.Checkpoint):
         #: Again: the Trainer has its own handler for SIGTERM, and ends with status 0.
         self.stop.listen()
 
-    on_validation_start = on_test_start = on_train_start
+    on_validation_start = on_train_start
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if self.stop.asked and batch_idx + 1 < trainer.num_training_batches:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from helpers import count
@@ -130,8 +131,6 @@ def test_predict_needs_both_names(fresh):
     (fresh / ".venv" / "ready").touch()
     for arguments in ([], ["CHECKPOINT=a.ckpt"], ["IMAGE=a.png"]):
         assert "predict needs both names" in one_sentence(make("predict", *arguments, cwd=fresh))
-    said = make("--dry-run", "predict", "CHECKPOINT=a b.ckpt", "IMAGE=c.png", cwd=fresh).stdout
-    assert '-m common.predict "a b.ckpt" "c.png"' in said
 
 
 def test_arguments_are_passed_on(fresh):
@@ -148,3 +147,129 @@ def test_arguments_are_passed_on(fresh):
         assert f"{command} --max-epochs 5" in " ".join(said.split())
     said = make("--dry-run", "plain-cifar", "DEVICES=2", "NODES=2", "RDZV=a:1", cwd=fresh).stdout
     assert "plain/cifar.py --devices 2 --num-nodes 2 --rdzv-endpoint a:1" in said
+
+
+# Names, and what a set-up may lose.
+
+
+@pytest.fixture
+def told(fresh):
+    """A set-up whose Python prints what it is told, one a line."""
+    (fresh / ".venv" / "bin").mkdir(parents=True)
+    (fresh / ".venv" / "ready").touch()
+    python = fresh / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "DATA_DIR=$DATA_DIR"\n')
+    python.chmod(0o755)
+    return fresh
+
+
+NAMES = [
+    "a b.png", "a`touch x`.png", "$(touch x).png", "$HOME.png", "$$.png", 'a"b.png', "a'b.png",
+    "a;touch x;.png", "a&b|c>x.png", "\\n.png", "-x.png", "$(shell touch x).png", "*.png", "#a.png",
+    "ä✓.png", b"\xff\xfe.png", "\x1b[31m.png", "a=b.png", "%s.png", "~/a.png",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+@pytest.mark.parametrize("by", ["the command line", "the environment"])
+def test_a_name_arrives_as_it_was_typed(by, name, told):
+    name = os.fsencode(name)
+    for target, names, words in (
+        ("predict", (b"CHECKPOINT", b"IMAGE"), [b"-m", b"common.predict", b"--"]),
+        ("doctor", (b"A", b"B"), [b"-m", b"samebits", b"--"]),
+    ):
+        given = {each: name for each in (*names, b"DATA_DIR")}
+        words = [*words, name, name, b"DATA_DIR=" + name]
+        env = {k: v for k, v in os.environb.items() if not k.startswith((b"MAKE", b"MFL"))}
+        typed = [k + b"=" + v for k, v in given.items()] if by == "the command line" else []
+        ended = subprocess.run(
+            ["make", target, *typed],
+            cwd=told,
+            capture_output=True,
+            env=env if typed else env | given,
+        )
+        assert ended.returncode == 0 and ended.stdout.split(b"\n")[:-1] == words, ended
+        count("names that arrived as they were typed")
+    assert not list(told.rglob("x"))
+
+
+@pytest.mark.parametrize("typed", [
+    "RDZV=a:1;touch x", "DEVICES=$(touch x)", "NODES=`touch x`", "RDZV=$(shell touch x)",
+    "DEVICES=2&touch x", 'RDZV="a:1',
+])  # fmt: skip
+def test_what_is_no_number_does_not_reach_the_shell(typed, told):
+    ended = make("plain-cifar", typed, cwd=told)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert "DEVICES and NODES are numbers, and RDZV is HOST:PORT" in ended.stderr
+    assert not (told / "x").exists()
+    count("names that did not reach the shell")
+
+
+def test_an_empty_python_is_the_usual_one(fresh):
+    said = make("--dry-run", "setup", "PYTHON=", cwd=fresh)
+    assert said.returncode == 0 and "Setting up" in said.stdout
+    for name in ("nowhere; touch x", "$(touch x)", "`touch x`", '"', "no where"):
+        assert f"there is no '{name}'" in one_sentence(make("test", f"PYTHON={name}", cwd=fresh))
+    assert not (fresh / "x").exists() and not (fresh / ".venv").exists()
+
+
+@pytest.fixture
+def offline(fresh, monkeypatch):
+    """Set up, with another lock than the one that is there now, and without a network."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", fresh / ".venv"], check=True)
+    (fresh / ".venv" / "lock.installed").write_text("another")
+    (fresh / ".venv" / "ready").touch()
+    os.utime(fresh / ".venv" / "ready", (0, 0))
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0",
+        "PIP_NO_CACHE_DIR": "1", "UV_OFFLINE": "1", "UV_NO_CACHE": "1", "UV_NO_CONFIG": "1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    return fresh
+
+
+def everything(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_without_a_network_a_set_up_loses_nothing(offline):
+    before = everything(offline)
+    sentence = one_sentence(make("setup", cwd=offline))
+    assert sentence.endswith("what was there is as it was.")
+    assert everything(offline) == before and len(before) > 10
+    # Where there was none, none is there, and no half of one.
+    shutil.rmtree(offline / ".venv")
+    one_sentence(make("setup", cwd=offline))
+    assert not list(offline.glob(".venv*"))
+    count("set-ups without a network")
+
+
+def test_a_lock_that_was_only_touched_sets_up_nothing(offline):
+    """As a change of branch and back does."""
+    shutil.copy(offline / "requirements.lock", offline / ".venv" / "lock.installed")
+    before = everything(offline)
+    for _ in range(2):
+        os.utime(offline / ".venv" / "ready", (0, 0))
+        ended = make("setup", cwd=offline)
+        assert ended.returncode == 0 and "Setting up" not in ended.stdout, ended.stderr
+        assert everything(offline) == before
+    # Where its Python is gone, the same lock does not count.
+    (offline / ".venv" / "bin" / "python").unlink()
+    os.utime(offline / ".venv" / "ready", (0, 0))
+    assert "was not set up" in one_sentence(make("setup", cwd=offline))
+    count("set-ups without a network")
+
+
+@pytest.mark.slow
+def test_a_set_up_that_was_killed_is_put_right(offline):
+    """Between the two renames of its end; and before, which leaves a half one beside."""
+    (offline / ".venv").rename(offline / ".venv.old.99999999")
+    half = offline / ".venv.new.99999998"
+    half.mkdir()
+    going_on = offline / f".venv.new.{os.getpid()}"
+    going_on.mkdir()
+    one_sentence(make("setup", cwd=offline))
+    assert {path.name for path in offline.glob(".venv*")} == {".venv", going_on.name}
+    assert (offline / ".venv" / "bin" / "python").exists()

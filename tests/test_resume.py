@@ -7,6 +7,7 @@ from common import ROOT, checkpoints, resume
 from common.data import EpochSampler, make_loaders
 from common.folders import EVIDENCE, FILES
 from common.messages import BadInput, clear_messages
+from common.proof import evidence_file
 from common.proof.evidence import read
 from common.proof.lessons import load
 from common.proof.parity import compare_results
@@ -1327,7 +1328,7 @@ def test_what_is_left_out_is_missed(name, stopping, as_it_is, tmp_path, monkeypa
 
 
 def test_rows_and_losses_of_the_part_before_are_missed(half, children, monkeypatch):
-    """Not by the comparison alone: a line of the evidence that lacks them is no whole one."""
+    """A line of the evidence that lacks them is refused; and the comparison would find it, too."""
     reference, _ = children.never_stopped(half.side, **SETTINGS)
     file = half.last.parent.parent / EVIDENCE
     lines = [json.loads(line) for line in file.read_text().splitlines() if line]
@@ -1339,7 +1340,11 @@ def test_rows_and_losses_of_the_part_before_are_missed(half, children, monkeypat
         shutil.copytree(half.runs_dir, folder)
         text = "".join(f"{json.dumps(line)}\n" for line in less)
         (folder / "resume" / half.side / EVIDENCE).write_text(text)
-        result = train(half.side, folder, monkeypatch, ckpt_path="last", **SETTINGS)
+        Half(half.side, folder).refuses("last", EVIDENCE, f"lacks {part!r} of steps up to ")
+        with monkeypatch.context() as patch:
+            for check in ("check", "check_rows"):
+                patch.setattr(evidence_file, check, lambda *_: None)
+            result = train(half.side, folder, patch, ckpt_path="last", **SETTINGS)
         assert compared(reference.result, result).first_difference.name == stage
         count("negative controls")
 

@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
             command = [sys.executable, "-m", "common.proof", "--watch", script, str(out)]
             status = subprocess.run([*command, *argv[2:]]).returncode
             if status:
-                return status if status == 130 else 2
+                return status if status in (130, 143) else 2
             results.append(json.loads(out.read_text()))
     comparison = compare_stages(results[0], results[1], STAGES)
     print_stages(f"{scripts[0]} and {scripts[1]}", comparison)
@@ -91,5 +91,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with clear_messages():
+    with clear_messages(failed=2):
         sys.exit(main(sys.argv[1:]))

@@ -71,6 +71,8 @@ def largest(a: Result, b: Result, steps: int | None = None) -> tuple[int, float]
     if len(a["train_loss"]) != len(b["train_loss"]):
         return 0, float("inf")
     losses = list(zip(a["train_loss"], b["train_loss"], strict=True))[:steps]
+    if not losses or any(not x or y is None for x, y in losses):  # 0, or no number at all
+        return 0, float("inf")
     return len(losses), max(abs(x - y) / abs(x) for x, y in losses)
 
 
@@ -138,5 +140,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with clear_messages():
+    with clear_messages(failed=2):
         sys.exit(main(sys.argv[1:]))

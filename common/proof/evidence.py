@@ -20,7 +20,7 @@ validation begins, which all begin before the first one can save.
 from common.batches import DeviceBatches
 from common.data import EpochSampler, Images, processes
 from common.folders import read_rows
-from common.messages import BadInput
+from common.proof.evidence_file import form, of_rank, read, together
 from common.proof.fingerprints import (
     fingerprint,
     fingerprints,
@@ -105,6 +105,7 @@ class Evidence:
         if file and (rank := processes()[0]) > 0:
             self.file = of_rank(file, rank)
         self.before = read(before or file, step) if file and step else []
+        self.forms = self.before[-1]["forms"] if self.before else []  # of this step's checkpoints
 
     def __enter__(self) -> "Evidence":
         self.observers = contextlib.ExitStack()
@@ -192,7 +193,7 @@ class Evidence:
 
     def _save(self, content: Any, *_: Any, **__: Any) -> None:
         if isinstance(content, dict) and "global_step" in content and processes()[0] == 0:
-            self._append(content["global_step"])
+            self._append(content["global_step"], form(content))
 
     # From here on: what was seen.
 
@@ -218,18 +219,25 @@ class Evidence:
             self.written_of = {epoch: len(samples) for epoch, samples in self.order.items()}
         return line
 
-    def _append(self, step: int) -> None:
-        if step > self.since:  # the best checkpoint and the last one may be of the same step
-            assert self.file
+    def _append(self, step: int, form: str = "") -> None:
+        """Add a line up to a step, with the form of the checkpoint that is about to be written."""
+        line: dict[str, Any] = {"global_step": step, "form": form}
+        assert self.file
+        if step > self.since:
             if not self.file.parent.exists():  # of a machine that has a disk of its own
                 self.file.parent.mkdir(parents=True)
             # From the last step before on: its row may be written after its checkpoint.
             rows = [*self.rows, *read_rows(self.file.parent)] if processes()[0] == 0 else []
             rows = [row for row in rows if row["step"] >= self.since - 1]
-            line = json.dumps(self._line(step) | {"rows": rows})
-            with self.file.open("a") as file:
-                # A line of its own, also after one that a kill cut short.
-                file.write(f"\n{line}\n")
+            line |= self._line(step) | {"rows": rows}
+        elif (
+            not form or form in self.forms
+        ):  # the best checkpoint and the last one may be of the same step
+            return
+        self.forms = [form] if len(line) > 2 else [*self.forms, form]
+        with self.file.open("a") as file:
+            # A line of its own, also after one that a kill cut short.
+            file.write(f"\n{json.dumps(line)}\n")
 
     def _data(self) -> dict[str, str]:
         """Return the digests of the data that was handed out, each computed once."""
@@ -324,62 +332,3 @@ def whole(state: Any) -> Any:
     from common import processes
 
     return processes.whole(state)
-
-
-def of_rank(file: Path, rank: int) -> Path:
-    """Return the file of another process than the first one."""
-    return file.with_suffix(f".{rank}{file.suffix}")
-
-
-def together(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Make one line of those that each process wrote at the same step: the means of the losses."""
-    losses = [line["losses"] for line in lines]
-    order = {}
-    for epoch, (first, _) in lines[0]["order"].items():
-        shares = [line["order"][epoch][1] for line in lines if epoch in line["order"]]
-        order[epoch] = [first, [sample for each in zip(*shares, strict=False) for sample in each]]
-    means = [sum(each) / len(lines) for each in zip(*losses, strict=True)]
-    return lines[0] | {"losses": means, "order": order}
-
-
-def _lines(file: Path) -> dict[int, dict[str, Any]]:
-    """Return the lines of a file by the step that they reach; a kill may have cut one short."""
-    found = {}
-    for text in file.read_text().splitlines() if file.exists() else []:
-        with contextlib.suppress(ValueError):
-            line = json.loads(text)
-            found[line["global_step"]] = line
-    return found
-
-
-def read(file: Path, step: int) -> list[dict[str, Any]]:
-    """Return the lines that lead from the start to a checkpoint's step, of all ranks together.
-
-    Raises BadInput where they do not reach it: nothing could be proved of that run.
-    """
-    lines, found, place = [], _lines(file), step
-    while place > 0 and place in found:
-        lines.append(found[place])
-        place = found[place]["from"]
-    if place > 0:
-        raise BadInput(
-            f"'{file}', in which a run keeps what it did before each checkpoint, does not reach "
-            f"step {step}; keep it beside the checkpoints, or leave out --ckpt-path to begin at "
-            "the start."
-        )
-    return [together(ranks(line, file)) for line in lines[::-1]]
-
-
-def ranks(line: dict[str, Any], file: Path) -> list[dict[str, Any]]:
-    """Return a line of the first process, and what the others did in the same steps."""
-    found = [line]
-    for rank in range(1, line["world"]):
-        other = _lines(of_rank(file, rank)).get(line["global_step"], {})
-        if (other.get("from"), other.get("world")) != (line["from"], line["world"]):
-            raise BadInput(
-                f"'{of_rank(file, rank)}' lacks what that process did up to step "
-                f"{line['global_step']}; keep it beside the checkpoints, or leave out --ckpt-path "
-                "to begin at the start."
-            )
-        found.append(other)
-    return found

@@ -142,6 +142,6 @@ def draw_losses(figure: Any, losses: list[list[Any]], title: str) -> None:
 
 
 if __name__ == "__main__":
-    with clear_messages():
+    with clear_messages(failed=2):
         side, lesson, path, first, last, *argv = sys.argv[1:]
         trace(side, lesson, Path(path), int(first), int(last), argv)

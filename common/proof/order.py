@@ -284,5 +284,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with clear_messages():
+    with clear_messages(failed=2):
         sys.exit(main(sys.argv[1:]))

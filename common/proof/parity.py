@@ -5,19 +5,20 @@ options, compares the two results and prints a table. Without a lesson it does s
 and ends with one table. Exit status 0: all agree; 1: they differ; 2: they cannot be compared.
 """
 
-from common import ROOT, SIDES, pretrained
+from common import ROOT, SIDES, pretrained, results
 from common.data import is_here
-from common.messages import BadInput, clear_messages
+from common.messages import BadInput, clear_messages, printable
 from common.networks import NETWORKS
 from common.proof.explain import draw, explain
 from common.proof.fingerprints import code_sha256, versions
 from common.proof.lessons import lessons, load
 from common.proof.watch import Result, at_chance, hyperparameters
 from common.run import parse
+from common.signals import Terminated
 
-import contextlib
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -199,7 +200,7 @@ def _sides(a: Result, x: Any, b: Result, y: Any) -> str:
 
 def _short(value: Any) -> str:
     """Say in a few words what a fingerprint stands for."""
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not value.keys() >= {"shape", "norm"}:
         return f"{value}"[:12]
     return f"{'x'.join(map(str, value['shape']))} of norm {value['norm']!r}"
 
@@ -268,23 +269,38 @@ def run_if_needed(side: str, args: Any, argv: list[str]) -> int:
     print(f"{reason}: running the {side} side of {args.lesson}.", flush=True)
     command = [sys.executable, str(ROOT / side / f"{args.lesson}.py"), *argv]
     status = _wait_for(subprocess.Popen(command))
-    return status if status in (0, 130) else 2  # a side that broke off is no difference
+    if status < 0:
+        raise BadInput(
+            f"the {side} side of {args.lesson} was ended by {signal.Signals(-status).name}, and "
+            "there is nothing to compare; run it again."
+        )
+    return status if status in (0, 130, 143) else 2  # a side that broke off is no difference
 
 
 def _wait_for(process: subprocess.Popen) -> int:
-    """Return the exit status; after Ctrl-C the other process says so and ends by itself."""
+    """Return the exit status; after Ctrl-C or SIGTERM the other process says so, and ends first."""
     while True:
-        with contextlib.suppress(KeyboardInterrupt):
+        try:
             return process.wait()
+        except KeyboardInterrupt:
+            continue  # it has got it, too
+        except Terminated:
+            process.terminate()
 
 
 def read_result(side: str, args: Any) -> Result:
-    """Return the content of a side's result.json; {} where there is none, or none to be read."""
+    """Return the content of a side's result.json; {} where there is none.
+
+    Raises BadInput where it is broken, or of another lesson or side.
+    """
     path = args.runs_dir / args.lesson / side / "result.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
+    result = results.read(path)
+    if result and (result["lesson"], result["side"]) != (args.lesson, side):
+        raise BadInput(
+            f"the result '{path}' is of the {result['side']} side of {result['lesson']}; remove "
+            "it, and let that side run again."
+        )
+    return result
 
 
 def why_run(result: Result, side: str, args: Any) -> str:
@@ -371,7 +387,8 @@ def print_stages(title: str, comparison: Comparison, *more: tuple[str, str, str]
         table.add_row(*row)
     Console().print(table)
     if first := comparison.first_difference:
-        print(f"The two sides differ, first in {NAMES[first.name]}: {first.difference}.")
+        said = f"The two sides differ, first in {NAMES[first.name]}: {first.difference}."
+        print(printable(said))
 
 
 def show_all(pairs: list[tuple[Result, Result, Comparison]]) -> None:
@@ -411,5 +428,5 @@ NAMES = {
 
 
 if __name__ == "__main__":
-    with clear_messages():
+    with clear_messages(failed=2):
         sys.exit(main(sys.argv[1:]))

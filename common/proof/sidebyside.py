@@ -155,5 +155,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with clear_messages():
+    with clear_messages(failed=2):
         main(sys.argv[1:])

@@ -5,21 +5,31 @@
 
 from common import checkpoints, figures
 from common.data import Data, Images, count_samples, processes
-from common.folders import EVIDENCE, read_metrics, read_rows, write_rows, write_whole
+from common.folders import (
+    EVIDENCE,
+    put_back,
+    read_metrics,
+    read_rows,
+    settle,
+    write_rows,
+    write_whole,
+)
 from common.messages import notice
 from common.proof.evidence import Evidence
 from common.proof.fingerprints import code_sha256, fingerprints, sha256, versions
 from common.run import evidence_file
 
+import contextlib
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Result = dict[str, Any]  # what result.json holds
 
@@ -30,6 +40,11 @@ def watch(main: Callable[[Any], nn.Module], args: Any) -> Result:
     Of several processes, the first one writes, and the others get {}. A number that is not finite,
     as after too large a learning rate, becomes None: JSON has no other word for it.
     """
+    with until_a_step(args):
+        return _watch(main, args)
+
+
+def _watch(main: Callable[[Any], nn.Module], args: Any) -> Result:
     torch.set_num_threads(args.threads)
     before = args.ckpt_path.resolve().parents[1] / EVIDENCE if args.begun_at else None
     with Evidence(evidence_file(args), args.begun_at, before, args.rows_before) as evidence:
@@ -80,6 +95,31 @@ def watch(main: Callable[[Any], nn.Module], args: Any) -> Result:
     # Last: where it is, the rest is too.
     write_whole(folder / "result.json", lambda path: path.write_text(text))
     return result
+
+
+@contextlib.contextmanager
+def until_a_step(args: Any) -> Iterator[None]:
+    """Put back what made way for a run that fails before an optimizer made its first step.
+
+    A run that makes none, since all is trained, has to come to the block's end.
+    """
+
+    def made(optimizer: Any, *_: Any) -> None:
+        # FSDP makes a step with a learning rate of 0 for an optimizer's state to exist.
+        if args.started and any(group["lr"] for group in optimizer.param_groups):
+            settle(args.place)
+
+    hook = register_optimizer_step_post_hook(made)
+    try:
+        yield
+    except BaseException:
+        if args.started:
+            put_back(args.place)
+        raise
+    finally:
+        hook.remove()
+    if args.started:
+        settle(args.place)
 
 
 @torch.no_grad()
@@ -164,7 +204,7 @@ def show(result: Result, args: Any) -> None:
             f"main returned a network that has {returned:.2%} of the test images right, and logged",
             f"{result['test_accuracy']:.2%}: it is not the one that was tested.",
         )
-    files = ", ".join(sorted(path.name for path in args.folder.iterdir()))
+    files = ", ".join(sorted(path.name for path in args.folder.glob("[!.]*")))
     print(f"Written to {args.folder}/: {files}")
 
 
