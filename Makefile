@@ -28,6 +28,9 @@ MACHINES = $(DEVICES:%=--devices %) $(NODES:%=--num-nodes %) $(RDZV:%=--rdzv-end
 BIN := .venv/bin
 # Tests run in as many processes as there are cores; those of a file in one, which share trainings.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile
+# CPU_ONLY=1 sets up PyTorch without CUDA, from PyTorch's own index, which uv knows. There its two
+# packages have other hashes than in the lock: they are taken by their version alone.
+CPU_ONLY ?=
 # The lessons, in the order in which they are learned; one that is new comes last.
 FILES := $(basename $(notdir $(wildcard plain/*.py)))
 ORDER := cifar fashion callbacks resume optimize parallel speed finetune
@@ -75,7 +78,7 @@ quick: .venv/ready ## both sides of cifar on drawn shapes, and the proof: under 
 	@$(BIN)/python -m common.proof.parity cifar --data shapes --max-epochs 1 --batch-size 32 --lr 0.02 \
 		--limit-train-batches 600 --runs-dir runs/quick $(ARGS)
 
-setup: .venv/ready ## set up .venv; all other commands do it by themselves
+setup: .venv/ready ## set up .venv; CPU_ONLY=1: without CUDA. All other commands do it by themselves
 
 ##@ Lessons
 plain-%: .venv/ready FORCE ## train NAME with the loop written by hand; ARGS="--help" lists its options
@@ -189,7 +192,7 @@ INSTALLED := cmp -s requirements.lock .venv/lock.installed && $(BIN)/python -c '
 		echo "error: '$$PYTHON' is $$("$$PYTHON" -V 2>&1), but PyTorch and this code need 3.11 to 3.15; install one of these, or name it: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@$(INSTALLED) || command -v uv >/dev/null || "$$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "error: '$$PYTHON' lacks its modules venv and ensurepip; install them (Debian, Ubuntu: apt install python3-venv)." >&2; exit 2; }
-	@$(INSTALLED) || echo "Setting up .venv, once. It takes some minutes, and on Linux 6 GB for PyTorch with CUDA."
+	@$(INSTALLED) || echo "Setting up .venv, once. It takes some minutes$(if $(CPU_ONLY),., and on Linux 6 GB for PyTorch with CUDA; make setup CPU_ONLY=1 takes one GB.)"
 # What a killed set-up left is removed, or put back. Without uv on the path, pip fetches the one that
 # the lock names, by its hash. On a terminal uv shows how far it is.
 # Only samebits is installed. `common` is found by the path: its name is too common for others.
@@ -204,7 +207,11 @@ INSTALLED := cmp -s requirements.lock .venv/lock.installed && $(BIN)/python -c '
 			sed -n '/^uv==/,/# via/p' requirements.lock >.venv.uv.$$$$/uv.txt && \
 			.venv.uv.$$$$/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv.uv.$$$$/uv.txt; }; } && \
 		$$uv venv --quiet --relocatable --python "$$PYTHON" $$new && \
-		$$uv pip sync $$(test -t 2 || echo --quiet) --python $$new/bin/python --require-hashes requirements.lock && \
+		awk '/^[a-z]/ { skip = "$(CPU_ONLY)" && /^(nvidia-|cuda-|triton==|torch==|torchvision==)/ } !skip' \
+			requirements.lock >$$new/lock && \
+		$$uv pip sync $$(test -t 2 || echo --quiet) --python $$new/bin/python --require-hashes $$new/lock && \
+		{ test -z "$(CPU_ONLY)" || $$uv pip install $$(test -t 2 || echo --quiet) --python $$new/bin/python --no-deps \
+			--torch-backend cpu $$(sed -nE 's/^(torch(vision)?==[0-9.]+).*/\1/p' requirements.lock); } && \
 		$$uv pip install --quiet --python $$new/bin/python --no-deps --no-build-isolation --editable . && \
 		pwd >"$$($$new/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/repository.pth" && \
 		cp requirements.lock $$new/lock.installed && touch $$new/ready && \

@@ -273,3 +273,38 @@ def test_a_set_up_that_was_killed_is_put_right(offline):
     one_sentence(make("setup", cwd=offline))
     assert {path.name for path in offline.glob(".venv*")} == {".venv", going_on.name}
     assert (offline / ".venv" / "bin" / "python").exists()
+
+
+FAKE_UV = """#!/bin/sh
+echo "$@" >>"$TOLD"
+case $1 in
+venv) for last; do :; done; mkdir -p "$last/bin"; ln -s "$(command -v python3)" "$last/bin/python";;
+esac
+case "$*" in *sync*) for last; do :; done; cp "$last" "$TOLD.lock";; esac
+"""
+
+
+@pytest.mark.parametrize("cpu_only", [False, True])
+def test_a_set_up_without_cuda_leaves_its_packages_out(fresh, monkeypatch, cpu_only):
+    """Which commands uv is given; its index of CPU packages cannot be reached in a test."""
+    (fresh / "bin").mkdir()
+    (fresh / "bin" / "uv").write_text(FAKE_UV)
+    (fresh / "bin" / "uv").chmod(0o755)
+    told = fresh / "told"
+    monkeypatch.setenv("TOLD", str(told))
+    monkeypatch.setenv("PATH", f"{fresh / 'bin'}:{os.environ['PATH']}")
+    # A Python of a .venv cannot tell where packages go: the last step fails, and nothing is left.
+    make("setup", *["CPU_ONLY=1"] * cpu_only, f"PYTHON={sys.executable}", cwd=fresh)
+    lock = (fresh / "told.lock").read_text()
+    whole = (fresh / "requirements.lock").read_text()
+    names = set(re.findall(r"^([a-z0-9-]+)==", whole, re.MULTILINE))
+    kept = set(re.findall(r"^([a-z0-9-]+)==", lock, re.MULTILINE))
+    gone = names - kept
+    if not cpu_only:
+        assert lock == whole and "--torch-backend" not in told.read_text()
+        return
+    assert {"torch", "torchvision", "triton"} < gone and len(gone) > 15
+    assert all(re.match("torch$|torchvision$|triton$|nvidia-|cuda-", name) for name in gone)
+    assert lock.count("--hash") > 500 and "lightning==2.6.6" in lock
+    (command,) = re.findall(r"^pip install .*--torch-backend cpu (.*)$", told.read_text(), re.M)
+    assert command.split() == re.findall(r"^(torch(?:vision)?==[\d.]+)", whole, re.M)
