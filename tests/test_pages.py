@@ -1,11 +1,13 @@
 """The pages whose code runs print what they say. tests/pages.py runs it."""
 
+from common import ROOT
 from common.messages import BadInput
 
 import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 
 import pages
@@ -170,3 +172,32 @@ def test_code_without_its_output_is_refused():
     section = "## 3. Mute\n```python\nprint(1)\n```\n"
     with pytest.raises(BadInput, match=r"'3\. Mute' needs one ```text block"):
         pages.run(section, "")
+
+
+REPORTS = {
+    "check-interval-one": "1",
+    "lbfgs-accumulation": None,  # the norms depend on the processor: they grow
+    "nested-toggles": "[True, True, False, False]",
+    "stream-steps": "0.0",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REPORTS)
+def test_a_report_for_upstream_reproduces_its_bug(name, tmp_path):
+    """It turns red on the day the bug is mended: then the report goes, and its pitfall."""
+    folder = ROOT / "docs" / "upstream"
+    assert {path.stem for path in folder.glob("*-*.md")} == set(REPORTS)
+    report = (folder / f"{name}.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", report, re.DOTALL)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stdout.splitlines()
+    if REPORTS[name] is None:
+        norms = [float(line) for line in said if re.fullmatch(r"\d+\.\d+", line)]
+        assert norms[-1] > 2 * norms[1]
+    else:
+        assert REPORTS[name] in said
+    count("reports reproduced")
