@@ -4,14 +4,14 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 MOST_TEXT = 2**28  # bytes of a file of ours that is read as a whole: 256 MB
 
 
 @contextlib.contextmanager
-def open_regular(path: Path) -> Iterator[IO[bytes]]:
+def open_regular(path: Path) -> Iterator[BufferedReader]:
     """Open a file to read its bytes.
 
     A device such as /dev/zero has no end, and a FIFO would be waited for, perhaps for ever. Raises
