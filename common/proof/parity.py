@@ -247,7 +247,7 @@ def main(argv: list[str]) -> int:
             print(explain(args, argv, first.name, losses))
         picture = args.runs_dir / args.lesson / "parity.png"
         draw(losses, f"{args.lesson} on {a['data']}: both sides", picture)
-        print(f"Both loss curves, and their difference: {picture}")
+        print(printable(f"Both loss curves, and their difference: {picture}"))
     if len(pairs) > 1:
         show_all(pairs)
     return 0 if all(comparison.agree for _, _, comparison in pairs) else 1
