@@ -117,7 +117,7 @@ def _check_devices(args: Any) -> None:
         )
     world = args.devices * args.num_nodes
     told = os.environ.get("WORLD_SIZE", "")
-    started = int(told) if told.isdecimal() and "TORCHELASTIC_RUN_ID" in os.environ else world
+    started = int(told) if told.isdecimal() else world  # what is left over was removed
     if args.strategy != "dp" and started != world:
         raise BadInput(
             f"torchrun started {started} processes, and --devices {args.devices} with "
