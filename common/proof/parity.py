@@ -267,10 +267,8 @@ def run_if_needed(side: str, args: Any, argv: list[str]) -> int:
     command = [sys.executable, str(ROOT / side / f"{args.lesson}.py"), *argv]
     status = _wait_for(subprocess.Popen(command))
     if status < 0:
-        raise BadInput(
-            f"the {side} side of {args.lesson} was ended by {signal.Signals(-status).name}, and "
-            "there is nothing to compare; run it again."
-        )
+        name = signal.Signals(-status).name
+        raise BadInput(f"the {side} side of {args.lesson} was ended by {name}; run it again.")
     return status if status in (0, 130, 143) else 2  # a side that broke off is no difference
 
 
@@ -286,17 +284,12 @@ def _wait_for(process: subprocess.Popen) -> int:
 
 
 def read_result(side: str, args: Any) -> Result:
-    """Return the content of a side's result.json; {} where there is none.
-
-    Raises BadInput where it is broken, or of another lesson or side.
-    """
+    """Return what result.json holds, {} where there is none; raise BadInput for a broken one."""
     path = args.runs_dir / args.lesson / side / "result.json"
     result = results.read(path)
     if result and (result["lesson"], result["side"]) != (args.lesson, side):
-        raise BadInput(
-            f"the result '{path}' is of the {result['side']} side of {result['lesson']}; remove "
-            "it, and let that side run again."
-        )
+        fault = f"is of the {result['side']} side of {result['lesson']}"
+        raise BadInput(f"the result '{path}' {fault}; remove it, and let that side run again.")
     return result
 
 
@@ -360,8 +353,8 @@ def print_stages(title: str, comparison: Comparison, *more: tuple[str, str, str]
         table.add_row(*row)
     Console().print(table)
     if first := comparison.first_difference:
-        said = f"The two sides differ, first in {NAMES[first.name]}: {first.difference}."
-        print(printable(said))
+        stage = NAMES[first.name]
+        print(printable(f"The two sides differ, first in {stage}: {first.difference}."))
 
 
 def show_all(pairs: list[tuple[Result, Result, Comparison]]) -> None:
