@@ -284,7 +284,7 @@ def _wait_for(process: subprocess.Popen) -> int:
 
 
 def read_result(side: str, args: Any) -> Result:
-    """Return what result.json holds, {} where there is none; raise BadInput for a broken one."""
+    """Return what result.json holds, {} without one; raise BadInput where it is broken."""
     path = args.runs_dir / args.lesson / side / "result.json"
     result = results.read(path)
     if result and (result["lesson"], result["side"]) != (args.lesson, side):
