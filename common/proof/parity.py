@@ -353,8 +353,8 @@ def print_stages(title: str, comparison: Comparison, *more: tuple[str, str, str]
         table.add_row(*row)
     Console().print(table)
     if first := comparison.first_difference:
-        stage = NAMES[first.name]
-        print(printable(f"The two sides differ, first in {stage}: {first.difference}."))
+        where = NAMES[first.name]
+        print(printable(f"The two sides differ, first in {where}: {first.difference}."))
 
 
 def show_all(pairs: list[tuple[Result, Result, Comparison]]) -> None:
