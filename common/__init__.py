@@ -1,5 +1,6 @@
 """What lessons import, flat; and two folders that none imports: what proves, and the doctor."""
 
+from common.environment import clean
 from common.messages import one_sentence_during_imports
 from common.signals import end_with_starter
 
@@ -10,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SIDES = ("plain", "lightning")
 
+clean(sys.argv[0] if sys.argv else "")
 one_sentence_during_imports()
 end_with_starter()
 # Before PyTorch is imported, which reads it once: its network code warns of host names that no

@@ -10,8 +10,10 @@ from common.download import Contents, Part, Source, Unreachable, read_real, sour
 from common.download import is_here as is_here
 from common.messages import BadInput, notice
 
+import contextlib
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ VALIDATION = 5_000  # images taken out of those to train on
 # Evaluation keeps no gradients, so that large batches fit. The last one is short (5,000 = 9 * 512
 # + 392), which is why averages must count samples and not batches.
 EVAL_BATCH_SIZE = 512
+SHARED_MEMORY = Path("/dev/shm")  # through which processes hand over batches; on Linux alone
 
 
 class Normalize:
@@ -291,8 +294,35 @@ def _print_notice(real: Source, folder: Path, reason: Exception) -> None:
     )
 
 
+def _check_shared_memory(data: Data, args: Any) -> None:
+    """Refuse more processes that load images than shared memory has room for.
+
+    Each keeps two batches there for the training process, and the Trainer's do so for training and
+    validation at once. Where there is no room, the system kills them, or they wait for ever.
+    """
+    if not args.num_workers or not SHARED_MEMORY.is_dir():
+        return
+    one = [sum(part.nbytes for part in images.__getitems__([0])) for images in data]
+    train, val, test = (
+        (2 * args.num_workers + 1) * each * min(size, len(images))
+        for each, size, images in zip(
+            one, (args.batch_size, EVAL_BATCH_SIZE, EVAL_BATCH_SIZE), data, strict=True
+        )
+    )
+    needed, room = train + max(val, test), 0
+    with contextlib.suppress(OSError):
+        room = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > room:
+        raise BadInput(
+            f"--num-workers {args.num_workers} needs {needed / 1e6:,.0f} MB of shared memory, and "
+            f"{SHARED_MEMORY} has {room / 1e6:,.0f} MB free; use fewer, or 0, or give it more "
+            "(docker run --shm-size=1g)."
+        )
+
+
 def _check_limits(data: Data, args: Any) -> None:
     """Refuse a share that is smaller than one batch, and fewer images than devices."""
+    _check_shared_memory(data, args)
     devices = args.devices * getattr(args, "num_nodes", 1)
     for images in data:
         size = args.batch_size if images.split == "train" else EVAL_BATCH_SIZE

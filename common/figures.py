@@ -6,6 +6,7 @@ it: 32 small plots take ten times as long.
 """
 
 from common.data import Data, Images
+from common.folders import write_whole
 
 import math
 from dataclasses import replace
@@ -178,7 +179,7 @@ def predictions(model: nn.Module, data: Data, epoch: int, folder: Path) -> np.nd
     pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
     path = folder / "pictures" / f"epoch_{epoch}.png"
     path.parent.mkdir(exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    write_whole(path, Image.fromarray(pixels).save)
     return pixels
 
 

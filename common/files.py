@@ -4,23 +4,25 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 MOST_TEXT = 2**28  # bytes of a file of ours that is read as a whole: 256 MB
 
 
 @contextlib.contextmanager
-def open_regular(path: Path) -> Iterator[IO[bytes]]:
+def open_regular(path: Path) -> Iterator[BufferedReader]:
     """Open a file to read its bytes.
 
     A device such as /dev/zero has no end, and a FIFO would be waited for, perhaps for ever. Raises
     OSError where it cannot be read, or is no regular file.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise OSError(0, "Is a directory" if stat.S_ISDIR(mode) else "it is no regular file")
     with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(0, "it is no regular file")
         yield file
 
 

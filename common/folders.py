@@ -166,7 +166,7 @@ def is_writable(folder: Path) -> bool:
     """Tell whether a file can be written into a folder, by doing it: its mode does not tell all."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
+    except (OSError, ValueError):  # also of a name that no file can have
         return False
     return True
 

@@ -36,7 +36,8 @@ if sys.platform == "linux":
 
 def _started_here() -> int:
     """Return how many processes torchrun, typed by hand, started on this machine; 2 without it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 2))
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(told) if told.isdecimal() and int(told) else 2
 
 
 @dataclass(kw_only=True)
@@ -104,12 +105,19 @@ def _check_devices(args: Any) -> None:
         )
     if args.side == "lightning":
         _refuse_what_the_trainer_lacks(args)
-    if not re.fullmatch(r"([^:\s]+:[0-9]{1,5})?", args.rdzv_endpoint):
+    host, _, port = args.rdzv_endpoint.rpartition(":")
+    # A name on the internet: parts of at most 63 letters, digits and hyphens (RFC 1123).
+    part = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
+    known = len(host) < 254 and re.fullmatch(rf"{part}(\.{part})*\.?", host)
+    fits = known and re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65536
+    if args.rdzv_endpoint and not fits:
         raise BadInput(
-            f"--rdzv-endpoint '{args.rdzv_endpoint}': expected HOST:PORT, such as 10.0.0.1:29400."
+            f"--rdzv-endpoint '{args.rdzv_endpoint}': expected HOST:PORT, a machine's name or IPv4 "
+            "address and a port from 1 to 65535, such as 10.0.0.1:29400."
         )
     world = args.devices * args.num_nodes
-    started = int(os.environ.get("WORLD_SIZE", world))
+    told = os.environ.get("WORLD_SIZE", "")
+    started = int(told) if told.isdecimal() else world  # what is left over was removed
     if args.strategy != "dp" and started != world:
         raise BadInput(
             f"torchrun started {started} processes, and --devices {args.devices} with "
@@ -214,10 +222,11 @@ def _rendezvous(args: Any) -> tuple[str, list[str]]:
         try:
             address = socket.gethostbyname(host)
             probe.connect((address, int(port)))  # sends nothing, but tells by which way it would
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or "there is no such name"
             raise BadInput(
                 f"--rdzv-endpoint {args.rdzv_endpoint} is no machine that can be reached from "
-                f"here ({error.strerror}); name the first of the machines."
+                f"here ({why}); name the first of the machines."
             ) from None
         ours = probe.getsockname()[0]  # by which the other machines reach this one
     if ours != address:

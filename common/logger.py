@@ -51,6 +51,15 @@ def check_logger(kind: str) -> None:
         )
     if kind == "wandb":
         os.environ["WANDB_MODE"] = mode  # else it asks for an account
+        try:
+            importlib.import_module("wandb").Settings().update_from_env_vars(os.environ)
+        except Exception as error:  # of pydantic's, or its own
+            names = [n for n in os.environ if n.startswith("WANDB_") and n != "WANDB_MODE"]
+            raise BadInput(
+                f"Weights & Biases does not understand one of the environment's {', '.join(names)} "
+                f"({str(error).splitlines()[-1 if len(str(error).splitlines()) < 2 else 1]}); "
+                "unset what is wrong."
+            ) from None
     online = kind == "wandb" and mode == "online"
     if online and not importlib.import_module("wandb").login(prompt=False):
         raise BadInput(

@@ -160,7 +160,10 @@ def _of_the_machine(error: BaseException) -> str | None:
     text = str(error)
     worker = isinstance(error, RuntimeError) and "DataLoader worker" in text
     # Its end of a pipe may be gone before the system tells of its end.
-    if (worker and "Caught" not in text) or isinstance(error, ConnectionError | EOFError):
+    broken = isinstance(error, ConnectionError | EOFError) and any(
+        "multiprocessing" in frame.filename for frame in traceback.extract_tb(error.__traceback__)
+    )
+    if (worker and "Caught" not in text) or broken:
         how = re.search(r"killed by signal: ([\w ]+)", text)
         return (
             f"A process that loads images was ended by the system ({how[1] if how else 'unheard'}),"

@@ -3,14 +3,14 @@
 `python -m common.predict CHECKPOINT IMAGE`, or `make predict CHECKPOINT=... IMAGE=...`.
 """
 
-from common import results
 from common.checkpoints import fill, read, weights
 from common.data import Images
-from common.files import open_regular
+from common.files import open_regular, read_bytes
 from common.messages import BadInput, Parser, clear_messages, printable
 from common.networks import Network, identify
 
 import contextlib
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -98,10 +98,11 @@ def about(content: dict[str, Any], path: Path) -> dict[str, Any]:
     From the checkpoint's hyper_parameters, and for what they lack from the result.json beside it.
     """
     known: dict[str, Any] = {}
-    with contextlib.suppress(BadInput):  # one that no run wrote
-        if result := results.read(path.parent / "result.json"):
-            known = {name: result[name] for name in ("lesson", "data")}
-            known["classes"] = list(result["test_accuracy_per_class"])
+    # None is there, or not one that a run wrote; of one that is, three parts are enough.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        result = json.loads(read_bytes(path.parent / "result.json").decode())
+        found = {name: result[name] for name in ("lesson", "data")}
+        known = found | {"classes": list(result["test_accuracy_per_class"])}
     settings = content.get("hyper_parameters")
     return known | settings if isinstance(settings, dict) else known
 

@@ -37,7 +37,7 @@ def load_pretrained(net: Transfer, backbone: str, choice: str) -> str:
         return "random"
     found = ""
     with contextlib.suppress(OSError), open_regular(path) as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(digest):
         raise BadInput(
             f"the file '{path}' is cut short or altered (its sha256 does not begin with "

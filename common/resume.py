@@ -2,7 +2,7 @@
 
 from common import checkpoints, signals
 from common.folders import EVIDENCE, start_folder
-from common.messages import BadInput, Stopped, notice
+from common.messages import BadInput, Stopped, notice, printable
 
 import contextlib
 import os
@@ -75,7 +75,7 @@ def begin(
             "--data, or leave out --ckpt-path to begin at the start."
         )
     args.data = then
-    print(f"Resuming from {path}, after step {args.begun_at:,}.")
+    print(printable(f"Resuming from {path}, after step {args.begun_at:,}."))
 
 
 def make_ready(args: Any, folder: Path) -> None:

@@ -165,6 +165,8 @@ def ready(args: Any, script: str | Path) -> Any:
     path = Path(script).resolve()
     args.lesson, args.side = path.stem, path.parent.name
     for own in fields(args):
+        if isinstance(path_ := getattr(args, own.name), Path):
+            setattr(args, own.name, _at_home(own.name, path_))
         if own.init:
             _check_number(own.name, getattr(args, own.name), args.lesson)
     if not re.fullmatch(r"(\d\d:\d\d:\d\d:\d\d)?", getattr(args, "max_time", "")):
@@ -184,7 +186,13 @@ def ready(args: Any, script: str | Path) -> Any:
         args.log_every_n_steps = min(default, max(1, planned_steps(args) // LOGGED))
     if hasattr(args, "logger"):
         check_logger(args.logger)
-    with contextlib.suppress(OSError):
+    # Lightning's logger takes both for addresses, and would write elsewhere, or fail at its end.
+    if fault := next((each for each in ("::", "://") if each in str(args.runs_dir.absolute())), ""):
+        raise BadInput(
+            f"--runs-dir '{args.runs_dir}' has '{fault}' in it, by which Lightning means other "
+            "than a folder; name another folder for results."
+        )
+    with contextlib.suppress(OSError, ValueError):
         args.runs_dir.mkdir(parents=True, exist_ok=True)
     if not is_writable(args.runs_dir):
         raise BadInput(
@@ -192,6 +200,17 @@ def ready(args: Any, script: str | Path) -> Any:
             "results."
         )
     return args
+
+
+def _at_home(name: str, path: Path) -> Path:
+    """Return a path with its ~ replaced, as a shell does it, but not behind `--runs-dir=`."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise BadInput(
+            f"--{name.replace('_', '-')} '{path}': there is nobody of that name here; write the "
+            "whole path."
+        ) from None
 
 
 def evidence_file(args: Any) -> Path | None:

@@ -2,7 +2,7 @@
 
 from common import ROOT, checkpoints, figures
 from common.models import DeepNet
-from common.proof.parity import compare_results
+from common.proof.compare import compare_results
 from common.proof.sidebyside import cells
 from common.run import run
 

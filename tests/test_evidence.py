@@ -3,8 +3,8 @@
 from common.messages import BadInput
 from common.proof import __main__ as scripts
 from common.proof import evidence as module
+from common.proof.compare import compare_stages
 from common.proof.evidence import Evidence, read, together
-from common.proof.parity import compare_stages
 
 import json
 import os

@@ -4,7 +4,7 @@ from common import ROOT
 from common import data as data_module
 from common.data import Data, Images, load_images, make_loader
 from common.models import MLP
-from common.proof.parity import compare_results
+from common.proof.compare import compare_results
 from common.proof.sidebyside import cells
 from common.run import Options
 from common.shapes import CLASSES, draw_grey_shapes

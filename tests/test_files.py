@@ -4,7 +4,7 @@ from common import checkpoints, predict
 from common.messages import BadInput, clear_messages
 from common.networks import NETWORKS
 from common.proof import parity
-from common.proof.parity import compare_results
+from common.proof.compare import compare_results
 from common.run import ready
 
 import contextlib

@@ -6,8 +6,8 @@ from common.models import Net, Transfer
 from common.predict import main as predict
 from common.pretrained import load_pretrained
 from common.proof import parity, watch
+from common.proof.compare import compare_results
 from common.proof.fingerprints import code_sha256, fingerprints, versions
-from common.proof.parity import compare_results
 from common.proof.sidebyside import cells
 from common.run import parse
 from common.run import run as run_lesson

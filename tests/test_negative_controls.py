@@ -4,7 +4,7 @@ Each change replaces lines of one script; what it does is what people forget or 
 """
 
 from common.messages import BadInput
-from common.proof.parity import compare_results
+from common.proof.compare import compare_results
 
 import copy
 

@@ -6,7 +6,7 @@ from common.folders import read_rows
 from common.messages import BadInput, Stopped
 from common.models import NormNet
 from common.networks import identify
-from common.proof.parity import compare_results
+from common.proof.compare import compare_results
 from common.run import parse, run
 
 import functools

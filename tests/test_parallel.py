@@ -11,9 +11,9 @@ from common.data import Images
 from common.messages import BadInput, clear_messages
 from common.models import Net, NormNet
 from common.proof import fingerprints
+from common.proof.compare import compare_results
 from common.proof.evidence import Evidence
 from common.proof.lessons import load
-from common.proof.parity import compare_results
 from common.proof.watch import watch as run_watched
 
 import contextlib

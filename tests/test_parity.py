@@ -1,7 +1,7 @@
 """Both sides reach the same bits, for every combination of what can change."""
 
 from common.models import Net
-from common.proof.parity import compare_results
+from common.proof.compare import compare_results
 
 import csv
 import itertools

@@ -8,9 +8,9 @@ from common.data import EpochSampler, make_loaders
 from common.folders import EVIDENCE, FILES
 from common.messages import BadInput, clear_messages
 from common.proof import evidence_file
+from common.proof.compare import compare_results
 from common.proof.evidence import read
 from common.proof.lessons import load
-from common.proof.parity import compare_results
 from common.run import run
 
 import contextlib

@@ -5,7 +5,7 @@ from common.batches import DeviceBatches
 from common.data import Images
 from common.models import NETWORKS, Airbench, Averaged, Net, SmallNet
 from common.optimizers import Muon, orthogonalized, up_and_down
-from common.proof.parity import compare_results
+from common.proof.compare import compare_results
 from common.run import parse
 
 import json

@@ -8,8 +8,9 @@ do the same; 1: they differ; 2: one of them did not end.
 """
 
 from common.messages import BadInput, clear_messages
+from common.proof.compare import compare_stages
 from common.proof.evidence import Evidence
-from common.proof.parity import compare_stages, print_stages
+from common.proof.parity import print_stages
 from common.proof.watch import finite
 
 import inspect

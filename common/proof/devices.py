@@ -10,7 +10,8 @@ double precision it stays far too small for that, so that every step can be comp
 """
 
 from common.messages import BadInput, clear_messages
-from common.proof.parity import compare_results, read_result, run_if_needed, settings_of, show
+from common.proof.compare import compare_results
+from common.proof.parity import read_result, run_if_needed, settings_of, show
 from common.proof.watch import Result
 
 import sys

@@ -5,6 +5,7 @@ differs, traces the steps around it, and lets the doctor name the cause.
 """
 
 from common import ROOT, SIDES
+from common.folders import write_whole
 from common.messages import clear_messages
 from common.proof.evidence import observed
 from common.proof.lessons import load
@@ -115,7 +116,7 @@ def draw(losses: list[list[Any]], title: str, path: Path) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     draw_losses(figure, losses, title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda half: figure.savefig(half, dpi=110))
 
 
 def draw_losses(figure: Any, losses: list[list[Any]], title: str) -> None:

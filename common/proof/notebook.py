@@ -7,8 +7,9 @@ so each has a module of its own.
 
 from common import ROOT, SIDES
 from common.messages import keep_quiet
+from common.proof.compare import compare_results
 from common.proof.explain import draw
-from common.proof.parity import compare_results, show
+from common.proof.parity import show
 from common.proof.watch import watch
 from common.run import ready
 

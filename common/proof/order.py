@@ -11,6 +11,7 @@ the scaler on any machine, lightning/optimize.py then runs with one line replace
 
 from common import ROOT, SIDES, shapes
 from common.data import Data, EpochSampler, Images
+from common.folders import write_whole
 from common.messages import BadInput, Parser, clear_messages
 from common.models import NormNet
 from common.proof.lessons import load
@@ -273,7 +274,8 @@ def main(argv: list[str]) -> int:
         drawing = io.BytesIO()
         draw(*drawn).savefig(drawing, dpi=150)
         # 64 colours are enough for it, and make the file a third as large.
-        Image.open(drawing).convert("RGB").quantize(64).save(arguments.picture, optimize=True)
+        small = Image.open(drawing).convert("RGB").quantize(64)
+        write_whole(arguments.picture, lambda half: small.save(half, optimize=True))
     status = 0
     for precision in PRECISIONS:
         first = difference(*(calls[precision] for calls in found))

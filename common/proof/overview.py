@@ -6,9 +6,10 @@ those of the two runs, and the order is recorded anew, in single precision.
 
 from common import ROOT, SIDES
 from common.messages import BadInput, clear_messages
+from common.proof.compare import as_data, compare_results
 from common.proof.explain import draw_losses
 from common.proof.order import COLORS, KINDS, WATCHED, Call, last_step, record_elsewhere
-from common.proof.parity import as_data, compare_results, read_result, settings_of
+from common.proof.parity import read_result, settings_of
 
 import itertools
 import json

@@ -9,6 +9,7 @@ from common import ROOT, SIDES, pretrained, results
 from common.data import is_here
 from common.messages import BadInput, clear_messages, printable
 from common.networks import NETWORKS
+from common.proof.compare import NAMES, RELATIVE, Comparison, as_data, compare_results
 from common.proof.explain import draw, explain
 from common.proof.fingerprints import code_sha256, versions
 from common.proof.lessons import lessons, load
@@ -17,199 +18,14 @@ from common.run import parse
 from common.signals import Terminated
 
 import json
-import math
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-AVERAGES = ("val_loss", "val_accuracy", "val_f1", "test_loss", "test_accuracy", "test_f1")
-# Lightning's running mean adds up in float32. All that comes before the metrics is equal bit for
-# bit; nothing there is compared within a tolerance.
-RELATIVE = 1e-6
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One row of the comparison: how many things were compared, and what differs, if anything.
-
-    `difference` is None where all are equal, and where an earlier stage differed (`compared` is
-    then 0: what follows a difference differs too and says nothing).
-    """
-
-    name: str
-    compared: int
-    difference: str | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The stages in their order: data, start, steps, weights, optimizer, random, metrics.
-
-    Where a lesson writes checkpoints, these come last.
-    """
-
-    stages: tuple[Stage, ...]
-
-    @property
-    def first_difference(self) -> Stage | None:
-        """Return the first stage that differs, None where all agree."""
-        return next((stage for stage in self.stages if stage.difference is not None), None)
-
-    @property
-    def agree(self) -> bool:
-        return self.first_difference is None
-
-
-def compare_results(a: Result, b: Result) -> Comparison:
-    """Compare two results stage by stage.
-
-    Raises BadInput where they cannot be the same: other lesson, data, settings or versions.
-    """
-    refuse_different_settings(a, b)
-    names = [name for name in CHECKS if name != "checkpoints"]
-    # Some lessons write none.
-    names += ["checkpoints"] * bool(a["checkpoints"] or b["checkpoints"])
-    return compare_stages(a, b, names)
-
-
-def compare_stages(a: Result, b: Result, names: Sequence[str]) -> Comparison:
-    """Compare two results in the stages that are named, each only if those before it are equal."""
-    stages: list[Stage] = []
-    for name in names:
-        if any(stage.difference is not None for stage in stages):
-            stages.append(Stage(name, 0, None))
-            continue
-        compared, difference = CHECKS[name](a, b)
-        if compared == 0 and difference is None:
-            difference = "there was nothing to compare"
-        stages.append(Stage(name, compared, difference))
-    return Comparison(tuple(stages))
-
-
-def refuse_different_settings(a: Result, b: Result) -> None:
-    """Raise BadInput, with the name of the setting, unless both runs had the same settings."""
-    first, second = a["side"], b["side"]
-    if first == second:
-        first, second = f"the first {first}", f"the second {second}"
-    for name in ("lesson", "data", "seed", "hyperparameters", "versions", "device", "threads"):
-        ours, theirs = a[name], b[name]
-        if isinstance(ours, dict):
-            for key in sorted(ours.keys() | theirs.keys()):
-                if ours.get(key) != theirs.get(key):
-                    name, ours, theirs = key, ours.get(key), theirs.get(key)
-                    break
-        if ours != theirs:
-            raise BadInput(
-                f"the two runs cannot be compared: {name} is {ours} in {first} and {theirs} in "
-                f"{second}; run both sides again with the same options."
-            )
-
-
-def _prints(part: str) -> Callable[[Result, Result], tuple[int, str | None]]:
-    """Return a check of one part of the fingerprints, name by name."""
-
-    def check(a: Result, b: Result) -> tuple[int, str | None]:
-        ours, theirs = a["fingerprints"][part], b["fingerprints"][part]
-        # The names first: to compare only the common ones would hide one that is missing. Where
-        # one side stopped earlier, its last epochs are missing, and the steps will tell why.
-        shorter = len(a["train_loss"]) != len(b["train_loss"])
-        for name in sorted(ours.keys() ^ theirs.keys()):
-            if shorter and name.startswith("order of epoch"):
-                continue
-            side = a["side"] if name in ours else b["side"]
-            return len(ours), f"{name} is there only in {side}"
-        for name in ours:
-            if name in theirs and ours[name] != theirs[name]:
-                values = _sides(a, _short(ours[name]), b, _short(theirs[name]))
-                return len(ours), f"{name}: {values}"
-        return len(ours), None
-
-    return check
-
-
-def _steps(a: Result, b: Result) -> tuple[int, str | None]:
-    """Check the loss of every optimizer step, and that the training did something."""
-    ours, theirs = a["train_loss"], b["train_loss"]
-    for step, (x, y) in enumerate(zip(ours, theirs, strict=False), start=1):
-        if x != y:
-            return len(ours), f"loss of step {step}: {_sides(a, x, b, y)}"
-        if x is None:
-            return len(ours), f"loss of step {step} is no number on both sides: nothing was learned"
-    if len(ours) != len(theirs):
-        return len(ours), f"number of steps: {_sides(a, len(ours), b, len(theirs))}"
-    if a["fingerprints"]["start"] == a["fingerprints"]["weights"]:
-        return len(ours), "the weights never changed: nothing was trained"
-    return len(ours), None
-
-
-def _metrics(a: Result, b: Result) -> tuple[int, str | None]:
-    """Check the counts, which must be equal, and the averages, within RELATIVE of each other."""
-    if a["confusion_matrix"] != b["confusion_matrix"]:
-        return 1, "the confusion matrices"
-    compared = 1
-    for name in AVERAGES:
-        ours, theirs = _list(a[name]), _list(b[name])
-        if len(ours) != len(theirs):
-            return compared, f"{name}, epochs: {_sides(a, len(ours), b, len(theirs))}"
-        compared += len(ours)
-        for x, y in zip(ours, theirs, strict=True):
-            # None stands for a number that is not finite: the last step can make it so, when the
-            # losses before it still were. Equal or not, nothing was learned.
-            if x is None or y is None or not math.isclose(x, y, rel_tol=RELATIVE):
-                return compared, f"{name}: {_sides(a, x, b, y)}"
-    ours, theirs = a["test_accuracy_per_class"], b["test_accuracy_per_class"]
-    for name in ours.keys() | theirs.keys():
-        compared += 1
-        if not math.isclose(ours.get(name, -1), theirs.get(name, -1), rel_tol=RELATIVE):
-            return compared, f"accuracy of {name}: {_sides(a, ours.get(name), b, theirs.get(name))}"
-    return compared, None
-
-
-def _checkpoints(a: Result, b: Result) -> tuple[int, str | None]:
-    """Check which checkpoints were left: of which epoch and step, with which weights."""
-    ours, theirs = a["checkpoints"], b["checkpoints"]
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            return len(ours), f"{name}: {_sides(a, ours.get(name), b, theirs.get(name))}"
-    return len(ours), None
-
-
-CHECKS: dict[str, Callable[[Result, Result], tuple[int, str | None]]] = {
-    "data": _prints("data"),
-    "start": _prints("start"),
-    "steps": _steps,
-    "weights": _prints("weights"),
-    "optimizer": _prints("optimizer"),
-    "random": _prints("random"),
-    "metrics": _metrics,
-    "checkpoints": _checkpoints,
-}
-
-
-def _sides(a: Result, x: Any, b: Result, y: Any) -> str:
-    """Say which value is whose."""
-    return f"{a['side']} {x}, {b['side']} {y}"
-
-
-def _short(value: Any) -> str:
-    """Say in a few words what a fingerprint stands for."""
-    if not isinstance(value, dict) or not value.keys() >= {"shape", "norm"}:
-        return f"{value}"[:12]
-    return f"{'x'.join(map(str, value['shape']))} of norm {value['norm']!r}"
-
-
-def _list(value: Any) -> list[float]:
-    return value if isinstance(value, list) else [value]
-
-
-# From here on: the command.
 
 
 def main(argv: list[str]) -> int:
@@ -248,7 +64,7 @@ def main(argv: list[str]) -> int:
             print(explain(args, argv, first.name, losses))
         picture = args.runs_dir / args.lesson / "parity.png"
         draw(losses, f"{args.lesson} on {a['data']}: both sides", picture)
-        print(f"Both loss curves, and their difference: {picture}")
+        print(printable(f"Both loss curves, and their difference: {picture}"))
         proof = json.dumps(as_data(*pairs[-1]), indent=1)
         picture.with_suffix(".json").write_text(f"{proof}\n", encoding="utf-8")
     if len(pairs) > 1:
@@ -270,10 +86,8 @@ def run_if_needed(side: str, args: Any, argv: list[str]) -> int:
     command = [sys.executable, str(ROOT / side / f"{args.lesson}.py"), *argv]
     status = _wait_for(subprocess.Popen(command))
     if status < 0:
-        raise BadInput(
-            f"the {side} side of {args.lesson} was ended by {signal.Signals(-status).name}, and "
-            "there is nothing to compare; run it again."
-        )
+        name = signal.Signals(-status).name
+        raise BadInput(f"the {side} side of {args.lesson} was ended by {name}; run it again.")
     return status if status in (0, 130, 143) else 2  # a side that broke off is no difference
 
 
@@ -289,17 +103,12 @@ def _wait_for(process: subprocess.Popen) -> int:
 
 
 def read_result(side: str, args: Any) -> Result:
-    """Return the content of a side's result.json; {} where there is none.
-
-    Raises BadInput where it is broken, or of another lesson or side.
-    """
+    """Return what result.json holds, {} without one; raise BadInput where it is broken."""
     path = args.runs_dir / args.lesson / side / "result.json"
     result = results.read(path)
     if result and (result["lesson"], result["side"]) != (args.lesson, side):
-        raise BadInput(
-            f"the result '{path}' is of the {result['side']} side of {result['lesson']}; remove "
-            "it, and let that side run again."
-        )
+        fault = f"is of the {result['side']} side of {result['lesson']}"
+        raise BadInput(f"the result '{path}' {fault}; remove it, and let that side run again.")
     return result
 
 
@@ -345,30 +154,6 @@ def show(a: Result, b: Result, comparison: Comparison) -> None:
             print(f"Both are still at {chance}: they agree, but there was little to agree on.")
 
 
-def as_data(a: Result, b: Result, comparison: Comparison) -> dict[str, Any]:
-    """Return a comparison as plain values, for whoever shows it: parity.json.
-
-    `losses` are the means of up to 200 groups of steps, of each side.
-    """
-    group = -(-len(a["train_loss"]) // 200)
-    losses = {}
-    for result in (a, b):
-        found = [math.nan if x is None else x for x in result["train_loss"]]
-        means = (sum(found[n : n + group]) / group for n in range(0, len(found) - group + 1, group))
-        losses[result["side"]] = [None if math.isnan(mean) else round(mean, 5) for mean in means]
-    return {
-        "lesson": a["lesson"],
-        "data": a["data"],
-        "versions": {k: v for k, v in a["versions"].items() if k != "system"},
-        "batches": len(a["train_loss"]),
-        "test_accuracy": a["test_accuracy"],
-        "agree": comparison.agree,
-        "stages": [[NAMES[s.name], s.compared, s.difference] for s in comparison.stages],
-        "steps_in_a_mean": group,
-        "losses": losses,
-    }
-
-
 def print_stages(title: str, comparison: Comparison, *more: tuple[str, str, str]) -> None:
     """Print the stages as a table, `more` rows under them, and the first difference if any."""
     table = Table(title=title, title_justify="left")
@@ -387,8 +172,8 @@ def print_stages(title: str, comparison: Comparison, *more: tuple[str, str, str]
         table.add_row(*row)
     Console().print(table)
     if first := comparison.first_difference:
-        said = f"The two sides differ, first in {NAMES[first.name]}: {first.difference}."
-        print(printable(said))
+        where = NAMES[first.name]
+        print(printable(f"The two sides differ, first in {where}: {first.difference}."))
 
 
 def show_all(pairs: list[tuple[Result, Result, Comparison]]) -> None:
@@ -413,18 +198,6 @@ def show_all(pairs: list[tuple[Result, Result, Comparison]]) -> None:
     Console().print(table)
     agreeing = sum(comparison.agree for _, _, comparison in pairs)
     print(f"The two sides agree in {agreeing} of {len(pairs)} lessons.")
-
-
-NAMES = {
-    "data": "data, split and order",
-    "start": "initial weights",
-    "steps": "loss of every step",
-    "weights": "final weights",
-    "optimizer": "optimizer state",
-    "random": "random-number generators",
-    "metrics": "counts and averages",
-    "checkpoints": "checkpoints",
-}
 
 
 if __name__ == "__main__":

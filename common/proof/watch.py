@@ -14,7 +14,7 @@ from common.folders import (
     write_rows,
     write_whole,
 )
-from common.messages import notice
+from common.messages import notice, printable
 from common.proof.evidence import Evidence
 from common.proof.fingerprints import code_sha256, fingerprints, sha256, versions
 from common.run import evidence_file
@@ -205,7 +205,7 @@ def show(result: Result, args: Any) -> None:
             f"{result['test_accuracy']:.2%}: it is not the one that was tested.",
         )
     files = ", ".join(sorted(path.name for path in args.folder.glob("[!.]*")))
-    print(f"Written to {args.folder}/: {files}")
+    print(printable(f"Written to {args.folder}/: {files}"))
 
 
 def at_chance(result: Result) -> str:
