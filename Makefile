@@ -23,7 +23,7 @@ $(error there is no lesson for '$(UNKNOWN)'; there are: $(LESSONS))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup parity doctor controls pitfalls ledger bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
+.PHONY: help setup parity doctor controls cases pitfalls ledger bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
 
 help: ## print these lines
 	@echo "usage: make TARGET [ARGS=\"--max-epochs 5\"]"
@@ -75,6 +75,9 @@ doctor: .venv/ready ## name the first difference of two traced runs: make doctor
 
 controls: .venv/ready ## try the doctor on single changes and on equal runs; write the tables of docs/doctor.md
 	@$(BIN)/python tests/controls.py
+
+cases: .venv/ready ## try the doctor on mistakes from public reports; write their table in docs/doctor.md
+	@$(BIN)/python tests/case_table.py
 
 pitfalls: .venv/ready ## run the code of docs/pitfalls.md and docs/sameness.md, and write its numbers anew
 	@$(BIN)/python tests/pages.py

@@ -10,7 +10,7 @@ import sys
 import controls
 import pytest
 import torch
-from helpers import count, some
+from helpers import Noisy, count, some
 from samebits import STAGES, BadInput, Cause, Diagnosis, Trace, assert_parity, compare
 from test_trace import noisy, steps
 from torch import nn
@@ -133,8 +133,24 @@ def test_names_may_differ(tmp_path):
 
     a, b = traced(tmp_path / "a.trace"), traced(tmp_path / "b.trace", net=Wrapped())
     diagnosis = compare(a, b)
-    assert diagnosis.equal and "paired in their order" in str(diagnosis)
+    assert diagnosis.equal and "B's names begin with 'inner.'." in str(diagnosis)
     b = traced(tmp_path / "b.trace", net=Wrapped(), at=2)
+    assert (compare(a, b).step, compare(a, b).stage) == (2, "update")
+
+    class Renamed(Noisy):
+        def __init__(self):
+            super().__init__()
+            self.body, self.last = self.backbone, self.head
+            del self.backbone, self.head
+
+        def forward(self, x):
+            return self.last(self.body(x)).log_softmax(1)
+
+    torch.manual_seed(0)
+    b = traced(tmp_path / "b.trace", net=Renamed())
+    assert compare(a, b).equal and "paired in their order" in str(compare(a, b))
+    torch.manual_seed(0)
+    b = traced(tmp_path / "b.trace", net=Renamed(), at=2)
     assert (compare(a, b).step, compare(a, b).stage) == (2, "update")
 
 

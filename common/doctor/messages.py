@@ -1,10 +1,14 @@
-"""What the command says when it ends early: one sentence."""
+"""What the command says: where its help is, and one sentence when it ends early."""
 
 import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
+
+# Where the pages are that explain a cause.
+PAGES = "docs/pitfalls.md"
+SAMENESS = "docs/sameness.md"
 
 
 class BadInput(Exception):
@@ -27,11 +31,18 @@ def clear_messages() -> Iterator[None]:
         _leave(f"error: {error}", status=2)
     except OSError as error:
         _leave(f"error: the system refused: {error}.", status=2)
+    except MemoryError:
+        _leave("error: the traces do not fit into memory; trace fewer steps: every=10.", status=2)
     except KeyboardInterrupt:
         _leave("\nStopped by Ctrl-C.", status=130)
 
 
+def printable(text: str) -> str:
+    """Replace what would steer a terminal: a trace may come from somebody else."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _leave(sentence: str, status: int) -> NoReturn:
     sys.stdout.flush()
-    print(sentence, file=sys.stderr)
+    print("\n" * sentence.startswith("\n") + printable(sentence.strip()), file=sys.stderr)
     raise SystemExit(status) from None
