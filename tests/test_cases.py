@@ -2,9 +2,12 @@
 
 import controls
 import pytest
-from case_table import row, table
+import torch
+from case_table import EQUAL, row, table
 from cases import CASES
+from cases.pairs import PAIRS
 from helpers import count, some
+from samebits import compare
 
 TABLE = controls.PAGE.read_text().partition("<!-- made by make cases -->\n")[2]
 
@@ -37,6 +40,26 @@ def test_a_mended_port_gives_no_alarm(name):
     count("mended ports without an alarm")
 
 
+@pytest.mark.parametrize("name", some(PAIRS, every=3))
+def test_equal_trainings_that_are_written_otherwise(name, tmp_path):
+    build, *ways = PAIRS[name]
+    for side, way in zip("ab", ways, strict=True):
+        torch.manual_seed(0)
+        net = build()
+        torch.manual_seed(1)
+        way(net, tmp_path / f"{side}.trace")
+    diagnosis = compare(tmp_path / "a.trace", tmp_path / "b.trace")
+    assert diagnosis.equal and diagnosis.steps >= 2, str(diagnosis)
+    count("equal trainings without an alarm")
+
+
+def test_there_are_enough_equal_pairs():
+    """Those of the lessons, the mended ports, and those that are written otherwise."""
+    assert EQUAL >= 63
+    assert f"{EQUAL} pairs of equal trainings" in TABLE
+
+
 def test_the_table_counts_what_it_shows():
     shown = TABLE.partition("<!-- end -->")[0]
-    assert table([line for line in shown.splitlines() if "| `" in line]) == shown.rstrip("\n")
+    rows = [line for line in shown.splitlines() if "| `" in line]
+    assert table(rows, 0) == shown.rstrip("\n")

@@ -10,6 +10,7 @@ import sys
 import controls
 import pytest
 import torch
+from case_table import EQUAL
 from helpers import Noisy, count, some
 from samebits import STAGES, BadInput, Cause, Diagnosis, Trace, assert_parity, compare
 from test_trace import noisy, steps
@@ -216,7 +217,7 @@ def test_every_page_that_a_cause_names_exists():
 
 def test_the_readme_says_what_the_pages_show():
     readme = (ROOT / "README.md").read_text()
-    changes, pairs = len(controls.CONTROLS), len(controls.EQUAL)
+    changes, pairs = len(controls.CONTROLS), EQUAL
     assert f"Of {changes} single changes" in readme and f"; {pairs} pairs of equal\n" in readme
     pitfalls = (ROOT / "docs" / "pitfalls.md").read_text()
     assert f"{len(re.findall('<a id=', pitfalls))} runnable sections" in readme

@@ -94,9 +94,10 @@ def compare(a: Path | str, b: Path | str) -> Diagnosis:
 
     Raises BadInput where one is no trace, is empty, or they were thinned differently.
     """
-    first, second = load(a, "A"), load(b, "B")
     try:
-        return _compare(first, second)
+        diagnosis = _compare(load(a, "A"), load(b, "B"))
+        str(diagnosis)  # what cannot be said is nonsense, too
+        return diagnosis
     except (BadInput, MemoryError):
         raise
     except Exception as error:  # what is whole and yet holds nonsense was made by nobody's trace

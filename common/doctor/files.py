@@ -47,11 +47,11 @@ class Writer:
             else:
                 self.digest = hashlib.sha256()
                 self.raw = self.temporary.open("wb")
+            self.file = self._part()
         except OSError as error:
             raise BadInput(
                 f"no trace can be written to '{self.path}': {error.strerror}; name another path."
             ) from error
-        self.file = self._part()
         return again
 
     def _part(self) -> gzip.GzipFile:

@@ -14,6 +14,9 @@ SAMENESS = "docs/sameness.md"
 class BadInput(Exception):
     """Something that the user can mend; the text says in one sentence what, and what to do."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text.replace("\n", " ")))
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose refusals are one sentence, without the usage before it."""

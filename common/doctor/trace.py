@@ -169,7 +169,8 @@ class Trace:
         record: dict[str, Any] = {
             "module": self.layout.name(module), "kind": kind, "begin": self.clock, "inputs": {},
             "outputs": {}, "layers": {}, "loss": {}, "moved": {}, "changed": {}, "unseen": [],
-            "mode": self.layout.mode(),
+            "mode": self.layout.mode(), "random": {}, "evaluation": _no_evaluation(), "values": {},
+            "loss values": {},
         }  # fmt: skip
         self.passes.append(record)
         self._inputs(record, positional(module, args))
@@ -203,8 +204,8 @@ class Trace:
                         self.note("samples of a batch", error)
 
     @bystander
-    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """After a module's forward pass; `output` is None where it failed."""
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        """After a module's forward pass; without `output` where it failed."""
         module = self.layout.original(module)
         if id(module) not in self.stack:
             return
@@ -222,7 +223,7 @@ class Trace:
         if record["kind"] == "counted":
             self.evaluation["moved"] |= record["moved"]
             return
-        self._inputs(record, kwargs)
+        self._inputs(record, kwargs if isinstance(kwargs, dict) else {})  # none where it failed
         record["draws"] = record["random"]["torch"] != torch_state()
         self._outputs(record, output)
 
