@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from .evidence import Cause
+from .evidence import Cause, size
 from .files import Line
 from .run import Run, training
 
@@ -16,10 +16,10 @@ def batch_causes(
     """Name the causes where the samples differ that a forward pass got."""
     if one["shape"][1:] != other["shape"][1:]:
         return _other_shape(one, other, p, q)
-    rows = [[r["rows"] for line in run.every_step() for r in training(line) if "rows" in r]
+    rows = [[r["rows"] for line in run.every_step() for r in _like(p, line)]
             for run in (a, b)]  # fmt: skip
-    here = sum(len(training(a.step(n))) for n in range(index))
-    here += sum(r["begin"] < p["begin"] for r in training(a.step(index)))
+    here = sum(len(_like(p, a.step(n))) for n in range(index))
+    here += sum(r["begin"] < p["begin"] for r in _like(p, a.step(index)))
     mine, yours = p["rows"], q["rows"]
     if len(mine) != len(yours):
         return _other_batch_size(rows, here, mine, yours)
@@ -33,6 +33,11 @@ def batch_causes(
     if common * 2 > len(mine) and equal * 2 < len(mine) and common > equal:
         return _other_order(a, b, rows, here, mine, yours, common)
     return _other_values(one, other, p, q, mine, yours, common)
+
+
+def _like(p: Line, step: Line) -> list[Line]:
+    """Return a step's passes through the same module: others get other samples."""
+    return [r for r in training(step) if "rows" in r and r["module"] == p["module"]]
 
 
 def _sample(record: Line) -> list[float]:
@@ -126,6 +131,11 @@ def _other_values(
     if all(close):
         said = f"sum and norm are equal, {len(mine) - equal} of {len(mine)} samples differ."
         return [Cause("The same values in other places: flipped, turned, or channels exchanged",
+                      said, "augmentation")]  # fmt: skip
+    how_far = size(one, other)
+    if not equal and how_far is not None and how_far < 0.05:
+        said = f"no sample is the same, and all together they differ by {how_far:.1g} only."
+        return [Cause("The same samples with slightly other values: rounded, resized, or noisy",
                       said, "augmentation")]  # fmt: skip
     if equal:
         said = f"{equal} of {len(mine)} samples are equal."

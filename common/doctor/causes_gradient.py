@@ -2,12 +2,11 @@
 
 import numpy as np
 
-from .causes_network import recomputed_otherwise, rounding_causes
+from .causes_network import FROZEN, recomputed_otherwise, rounding_causes
 from .evidence import Cause, common_factor, differing, near
 from .files import Line
 from .run import Run, training
 
-FROZEN = "Frozen or detached on one side (requires_grad, detach, no_grad)"
 PENALTY = "A term of the loss that does not come from the output, as a penalty on weights"
 
 

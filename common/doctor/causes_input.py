@@ -9,7 +9,7 @@ import math
 from .causes_batch import batch_causes
 from .evidence import Cause, Found, bits, differ, is_rounding, named, size, unknown
 from .files import Line
-from .run import Run
+from .run import Run, training
 
 
 def other_network(a: Run, b: Run) -> Found | None:
@@ -193,7 +193,7 @@ def _computed(
                for run, record, tensor in ((a, p, one), (b, q, other))]  # fmt: skip
     attached = one.get("attached") or other.get("attached")
     if not attached and origins[0] == origins[1]:
-        return None
+        return _made_of_batch(a, b, index, p, path, one, other)
     module = p["module"] or "the network"
     what = f"{path} of {module}"
     how_far = size(one, other)
@@ -210,6 +210,29 @@ def _computed(
     if drawn := _drawn(p, q, said):
         return Found("random", what, [drawn, cause], 0, how_far, rounding)
     return Found("output", what, [cause], 0, how_far, rounding)
+
+
+def _made_of_batch(
+    a: Run, b: Run, index: int, p: Line, path: str, one: Line, other: Line
+) -> Found | None:
+    """Look whether an input is that of an earlier pass of the step, changed, as by an attack."""
+    for before, after in zip(training(a.step(index)), training(b.step(index)), strict=False):
+        known, same = before["inputs"].get(path, {}), after["inputs"].get(path, {})
+        if before["begin"] >= p["begin"] or not known.get("sketch") or differ(known, same):
+            continue
+        changes = [size(known, one) or 9.0, size(known, other) or 9.0]
+        if max(changes) > 1:
+            continue
+        said = (
+            f"A's {path} is that of the pass before it, changed by {changes[0]:.3g} of its norm; "
+        )
+        said += f"B's by {changes[1]:.3g}."
+        cause = Cause("Another change of a batch between two forward passes, such as an attack",
+                      said, "augmentation")  # fmt: skip
+        how_far = size(one, other)
+        return Found("batch", f"{path}: {named(one)}", [cause], 0, how_far,
+                     is_rounding(how_far, one, other))  # fmt: skip
+    return None
 
 
 def _drawn(p: Line, q: Line, said: str) -> Cause | None:

@@ -21,6 +21,7 @@ def other_mode(p: Line, q: Line) -> Found:
     return Found("mode", unlike[0][0], causes, len(unlike) - 1)
 
 
+FROZEN = "Frozen or detached on one side (requires_grad, detach, no_grad)"
 EVAL = "model.eval() is missing before an evaluation"
 AGAIN = "A forward pass without a backward pass, in train mode, moved the running averages"
 RECOMPUTED = "The running averages move twice: once more in the recomputation of a checkpoint"

@@ -6,7 +6,7 @@ from .causes_gradient import clipping_causes, gradient_causes
 from .causes_network import rounding_causes
 from .evidence import Cause, Found, differ, differing
 from .files import Line
-from .run import Run, training, weights_found
+from .run import Run, paired, training, weights_found
 
 # What does not change an update, or is only a schedule's own note.
 NOT_SETTINGS = {"params", "foreach", "fused", "capturable", "initial_lr", "max_lr", "min_lr",
@@ -179,7 +179,7 @@ def _made_anew(run: Run, index: int) -> str:
 
 
 def other_count(a: Run, b: Run, index: int, x: Line, y: Line) -> Found | None:
-    counts = [len(training(step)) for step in (x, y)]
+    counts = [len(side) for side in paired(x, y)]
     if counts[0] == counts[1]:
         return None
     what = f"{counts[0]} batches in A before the step, {counts[1]} in B"

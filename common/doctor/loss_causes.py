@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .causes_network import rounding_causes
+from .causes_network import FROZEN, rounding_causes
 from .evidence import Cause, Found, common_factor, differ, is_rounding, named, near, shown, size
 from .files import Line
 from .losses import (
@@ -34,7 +34,7 @@ def loss_causes(
     both = [s for s in p["loss"] if s in q["loss"]]
     unlike = [s for s in both if differ(p["loss"][s], q["loss"][s])]
     if not unlike:
-        return _other_outputs(p, q)
+        return _other_outputs(x, y, p, q)
     one, other = p["loss"][unlike[0]], q["loss"][unlike[0]]
     how_far = size(one, other)
     rounding = all(is_rounding(size(p["loss"][s], q["loss"][s]), p["loss"][s], q["loss"][s])
@@ -49,9 +49,20 @@ def loss_causes(
         equal = [s for s in both if s not in unlike]
         causes = _causes(p, q, unlike, equal, ours, theirs)
         said = _values(x, y)
+        if _same_values(x, y):
+            where = f"{p['module'] or 'the network'}'s {shown(unlike[0]).removeprefix('the ')}"
+            more = f"the gradient at {where} differs; the loss that it comes from does not."
+            causes.insert(0, Cause(FROZEN, more, "frozen"))
         if said and causes:
             causes[0] = Cause(causes[0].name, causes[0].evidence + said, causes[0].page)
     return Found("loss", shown(unlike[0]), causes, len(unlike) - 1, how_far, rounding)
+
+
+def _same_values(x: Line, y: Line) -> bool:
+    """Tell whether the backward passes of a step began with the same numbers."""
+    ours, theirs = ([v for backward in step["backwards"] for v in backward["loss"]]
+                    for step in (x, y))  # fmt: skip
+    return bool(ours) and None not in ours and ours == theirs
 
 
 def _values(x: Line, y: Line) -> str:
@@ -65,11 +76,14 @@ def _values(x: Line, y: Line) -> str:
     return f" The loss is {sums[0]} in A, {sums[1]} in B."
 
 
-def _other_outputs(p: Line, q: Line) -> Found:
+def _other_outputs(x: Line, y: Line, p: Line, q: Line) -> Found:
     path = sorted(p["loss"].keys() ^ q["loss"].keys())[0]
     who = "A" if path in p["loss"] else "B"
     said = f"only {who}'s loss depends on {shown(path)}; the gradients at the others are equal."
     cause = Cause("A term of the loss is missing on one side", said, "loss")
+    if _same_values(x, y):
+        said = f"only in {who} a gradient comes to {shown(path)} of {p['module'] or 'the network'};"
+        cause = Cause(FROZEN, f"{said} the loss is the same.{_values(x, y)}", "frozen")
     return Found("loss", f"{shown(path)}, which only {who}'s loss uses", [cause])
 
 

@@ -55,6 +55,11 @@ def _cross_entropy(z: Rows, g: Rows) -> Loss | None:
     off = np.abs(g - scales[:, None] * pull)[counts]
     if (scales[counts] <= 0).any() or off.max() > WITHIN * np.abs(g).max():
         return None
+    if z.shape[1] == 2:  # of two values that add up to 0, any is a multiple of the formula
+        for label in (0, 1):
+            alike = scales[counts & (labels == label)]
+            if len(alike) and np.ptp(alike) > WITHIN * alike.max():
+                return None
     return Loss("cross entropy", np.where(counts, labels, -1), np.where(counts, scales, 0))
 
 

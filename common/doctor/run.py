@@ -158,6 +158,18 @@ def training(step: Line) -> list[Line]:
     return [p for p in passes if p["loss"]] or passes
 
 
+def paired(x: Line, y: Line) -> tuple[list[Line], list[Line]]:
+    """Return the passes of a step that are held against each other.
+
+    All that could train, where both runs called the same modules; so a part that is detached on one
+    side keeps its place. Else those that gave a gradient.
+    """
+    every = [[p for p in step["passes"] if p["kind"] == "train"] for step in (x, y)]
+    if [p["module"] for p in every[0]] == [p["module"] for p in every[1]]:
+        return every[0], every[1]
+    return training(x), training(y)
+
+
 def align(a: Run, b: Run) -> tuple[str, ...]:
     """Bring the names of both traces together; return what there is to say about it."""
     ours, theirs = a.names(), b.names()

@@ -6,7 +6,7 @@ from . import causes_input, causes_network, causes_step
 from .evidence import Found, bits, differ, differing, is_rounding, size, stage
 from .files import Line
 from .loss_causes import loss_causes
-from .run import Run, training, weights_found
+from .run import Run, paired, weights_found
 
 
 def first_in_step(a: Run, b: Run, index: int, x: Line, y: Line) -> Found | None:
@@ -83,7 +83,7 @@ def _passes(
         return causes_network.changed(a, b, index, x, y, names)
     if not is_early and not are_buffers:
         return None
-    ours, theirs = training(x), training(y)
+    ours, theirs = paired(x, y)
     if {p["module"] for p in ours} != {p["module"] for p in theirs}:
         ours, theirs = _joined(ours), _joined(theirs)
     theirs = [*map(_named_alike, ours, theirs), *theirs[len(ours) :]]
@@ -160,8 +160,15 @@ def _joined(passes: list[Line]) -> list[Line]:
                                 "draws": any(p.get("draws") for p in passes)}]  # fmt: skip
 
 
+def _is_known(x: Line, y: Line) -> bool:
+    """Tell whether the traces saw which passes gave a gradient."""
+    return all(any(p["loss"] for p in step["passes"]) for step in (x, y))
+
+
 def _forward(a: Run, b: Run, index: int, x: Line, y: Line, p: Line, q: Line) -> Found | None:
     """Compare one forward pass; where all that it gave is equal, nothing before it matters."""
+    if not p["loss"] and not q["loss"] and _is_known(x, y):
+        return None  # what was made of it is seen where it is used
     outputs = {s: t for s, t in p["outputs"].items() if s in q["outputs"]}
     used = {s: t for s, t in outputs.items() if s in p["loss"] or s in q["loss"]} or outputs
     named = [(f"output {s}", t, q["outputs"][s]) for s, t in used.items()]

@@ -231,6 +231,8 @@ class Trace:
         found = leaves(output)
         parts = [self._bits(x) if isinstance(x, Tensor) else "?" + type(output).__name__
                  for x in found.values() if isinstance(x, Tensor | Unseen)]  # fmt: skip
+        if not parts:
+            return  # it failed, or a recomputation had all that it needed
         name = str(self.layout.name(module))
         calls = record.setdefault("calls", {})
         calls[name] = calls.get(name, 0) + 1

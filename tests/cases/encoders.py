@@ -100,7 +100,7 @@ class Siamese(nn.Module):
 class StopGradient(Case):
     source = "PatrickHua/SimSiam#39"
     mistake = "a network is called twice in a step, and one branch is not detached"
-    stage, cause = "loss", "One term of the loss has another weight, or another formula"
+    stage, cause = "loss", "Frozen or detached on one side"
     build = staticmethod(Siamese)
     pairs: ClassVar = [(x, x + 0.1 * numbers(800 + i, 16, 12)) for i, x in enumerate(IMAGES)]
 
