@@ -6,7 +6,7 @@ from .causes_gradient import clipping_causes, gradient_causes
 from .causes_network import rounding_causes
 from .evidence import Cause, Found, differ, differing
 from .files import Line
-from .run import Run, paired, training, weights_found
+from .run import Run, paired, stepped, training, weights_found
 
 # What does not change an update, or is only a schedule's own note.
 NOT_SETTINGS = {"params", "foreach", "fused", "capturable", "initial_lr", "max_lr", "min_lr",
@@ -16,11 +16,6 @@ NOT_SETTINGS = {"params", "foreach", "fused", "capturable", "initial_lr", "max_l
 __all__ = ["changed_afterwards", "clipping_causes", "gradient_causes", "other_count",
            "other_length", "other_order", "settings", "since", "skipped", "stepped",
            "update_causes"]  # fmt: skip
-
-
-def stepped(step: Line) -> set[str]:
-    """Return the parameters that the step's optimizer holds."""
-    return {name for group in step["groups"] for name in group["params"]}
 
 
 def other_order(x: Line, y: Line) -> Found:

@@ -23,6 +23,8 @@ class Layout:
         self.modules = {plain(name): module for name, module in self.model.named_modules()}
         self.names = {id(module): name for name, module in self.modules.items()}
         self.carriers = {id(m) for m in self.modules.values() if any(True for _ in m.parameters())}
+        # What these give follows from what they get: it is read in full steps alone.
+        self.plain = {id(m) for m in self.modules.values() if _is_activation(m)}
         # Where each parameter and buffer is kept, by every name that it has.
         self.homes: dict[str, tuple[dict, str]] = {}
         self.saved: dict[str, bool] = {}  # buffers, and whether a checkpoint holds them
@@ -92,6 +94,12 @@ class Layout:
     def describe(self) -> dict[str, str]:
         """Return class and settings of each module without those of its children."""
         return {name: _describe(module) for name, module in self.modules.items()}
+
+
+def _is_activation(module: nn.Module) -> bool:
+    kind = type(module)
+    is_one = kind.__module__ == "torch.nn.modules.activation" and kind is not nn.RReLU
+    return is_one and not any(True for _ in module.parameters())
 
 
 def plain(name: str) -> str:

@@ -48,7 +48,7 @@ class Weights:
     def _is_kept(self, name: str, value: Tensor) -> bool:
         if name not in self.copies:
             return bits(value) == self.bits.get(name)
-        return same(value.detach(), self.copies[name])
+        return same(value, self.copies[name])
 
     def changed(self, tensors: dict[str, Tensor]) -> Line:
         """Return the fingerprints of those that somebody changed since, and keep them."""
@@ -169,6 +169,8 @@ def step_line(trace: Any, optimizer: Optimizer, is_full: bool) -> Line:
     if is_full:
         numbers["full"] = {name: seen(value) for name, value in tensors.items()}
         line["state"] = _state(optimizer, layout)
+    if trace.operators is not None and trace.operators.found:
+        line["operators"], trace.operators.found = trace.operators.found, []
     return line
 
 

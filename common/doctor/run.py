@@ -158,6 +158,11 @@ def training(step: Line) -> list[Line]:
     return [p for p in passes if p["loss"]] or passes
 
 
+def stepped(step: Line) -> set[str]:
+    """Return the parameters that the step's optimizer holds."""
+    return {name for group in step["groups"] for name in group["params"]}
+
+
 def paired(x: Line, y: Line) -> tuple[list[Line], list[Line]]:
     """Return the passes of a step that are held against each other.
 
@@ -211,7 +216,7 @@ def _prefix(part: dict, whole: dict, run: Run) -> str | None:
 def _stepped(run: Run) -> set[str]:
     """Return the parameters that the optimizers of the first steps hold."""
     steps = (run.step(n) for n in range(min(4, len(run.steps))))
-    return {name for step in steps for group in step["groups"] for name in group["params"]}
+    return {name for step in steps for name in stepped(step)}
 
 
 def load(path: Path | str, name: str) -> Run:

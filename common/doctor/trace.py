@@ -31,6 +31,7 @@ from .layout import Layout
 from .messages import BadInput
 from .record import Gradients, Weights, step_line
 from .walk import Unseen, leaves, positional
+from .zoom import Operators
 
 MANY = 8  # forward passes without gradients before a step that are recorded; more are counted
 VALUES, SOME = 4096, 96  # of an output and of its gradient, in a step in full, and in others
@@ -44,7 +45,8 @@ class Trace:
     within fit, and it is found. `path` is written when the block ends, also by an error; several
     processes write a file each, with the rank in its name. `every` is the distance between two
     recorded steps, `first` the first one that is recorded, `full` those that are written in full
-    beside it. Entered a second time, it goes on in the same file.
+    beside it. `zoom` is a step of which each operator is recorded, for `samebits --zoom`. Entered a
+    second time, it goes on in the same file.
 
     Raises BadInput where model is no module with parameters, every, first or full are no positive
     numbers, or no file can be written at path. Once the block has begun, it raises nothing.
@@ -52,7 +54,7 @@ class Trace:
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | None = None, *, path: Path | str,
-        every: int = 1, first: int = 1, full: Collection[int] = (),
+        every: int = 1, first: int = 1, full: Collection[int] = (), zoom: int = 0,
     ) -> None:  # fmt: skip
         if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
             raise BadInput(
@@ -65,10 +67,13 @@ class Trace:
             raise BadInput(f"first is {first!r}, but it is the number of a step: 1, 2, 3 ...")
         if not isinstance(full, Collection) or not all(isinstance(n, int) and n > 0 for n in full):
             raise BadInput(f"full is {full!r}, but it holds numbers of steps: (7, 8).")
+        if not isinstance(zoom, int) or zoom < 0:
+            raise BadInput(f"zoom is {zoom!r}, but it is the number of a step: 5.")
         self.model, self.optimizer, self.every, self.first = model, optimizer, every, first
-        self.full = frozenset(full)
+        self.full = frozenset(full) | ({zoom} - {0})
         self.path = path_of_rank(Path(path), *process())
         self.steps = self.clock = 0
+        self.operators = Operators(lambda: self.steps + 1 == zoom) if zoom else None
         self.unseen: dict[str, str] = {}  # what could not be read, and why
         self.failure = ""  # why the trace gave up
         self.evaluation: dict[str, Any] = _no_evaluation()
@@ -93,6 +98,8 @@ class Trace:
         else:
             self._write(self._head())
         self.hooks = Hooks(self)
+        if self.operators is not None:
+            self.operators.__enter__()
         return self
 
     def _head(self) -> dict[str, Any]:
@@ -103,6 +110,7 @@ class Trace:
             "first": self.first,
             "rank": rank,
             "ranks": ranks,
+            "sharded": any(hasattr(p, "to_local") for p in self.layout.parameters.values()),
             "modules": self.layout.describe(),
             "buffers": self.layout.saved,
             "trainable": [n for n, p in self.layout.parameters.items() if p.requires_grad],
@@ -116,6 +124,8 @@ class Trace:
     ) -> None:
         if self.hooks is None or self.writer is None:
             return  # closed before
+        if self.operators is not None:
+            self.operators.__exit__(None, None, None)
         self.hooks.remove()
         self.hooks = None
         self.gradients.forget()
@@ -147,12 +157,14 @@ class Trace:
     @bystander
     def before(self, module: nn.Module, args: Any) -> None:
         """Before a module's forward pass; the outermost with parameters is that of the batch."""
+        if self.idle:
+            return
         module = self.layout.original(module)
         if self.stack:
             if self.layout.inner(module) is not None:
                 self.stack.append(id(module))
             return
-        if not self._is_due() or not self.layout.carries(module):
+        if not self.layout.carries(module):
             return
         self.stack, self.current = [id(module)], None
         self.current = self._begin_pass(module, args)
@@ -206,6 +218,8 @@ class Trace:
     @bystander
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         """After a module's forward pass; without `output` where it failed."""
+        if not self.stack:
+            return
         module = self.layout.original(module)
         if id(module) not in self.stack:
             return
@@ -215,7 +229,8 @@ class Trace:
         if record is None:
             return
         if self.stack:
-            if record["kind"] in ("train", "recompute"):
+            is_read = self.is_full(self.steps + 1) or id(module) not in self.layout.plain
+            if record["kind"] in ("train", "recompute") and is_read:
                 self._layer(record, module, output)
             return
         self.current = None
@@ -268,7 +283,7 @@ class Trace:
     @bystander
     def backward(self, losses: list[Tensor]) -> None:
         """Before `loss.backward()`."""
-        if self._is_due():
+        if not self.idle:
             self.clock += 1
             values = [float(x.detach()) if x.numel() == 1 else None for x in losses]
             self.backwards.append({"at": self.clock, "loss": values})
@@ -287,7 +302,7 @@ class Trace:
     @bystander
     def gradient(self, name: str, key: int, gradient: Tensor) -> None:
         """The gradient of a parameter, before it is added to `.grad`."""
-        if self._is_due():
+        if not self.idle:
             self.gradients.add(name, self.gradients.hooked[key][1], gradient.detach())
 
     # The step.
@@ -301,7 +316,7 @@ class Trace:
         ids = self.layout.ids
         if not any(id(p) in ids for group in optimizer.param_groups for p in group["params"]):
             return
-        is_due = self._is_due()
+        is_due = not self.idle
         self.steps += 1
         self.stack, self.current = [], None
         try:
@@ -312,6 +327,7 @@ class Trace:
             self.gradients.begin()
 
     def _begin_step(self) -> None:
+        self.idle = not self._is_due()  # the step that comes is not recorded
         self.passes, self.backwards = [], []
         self.evaluation = _no_evaluation()
 
