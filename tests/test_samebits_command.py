@@ -184,6 +184,59 @@ def test_zoom_names_operator_line_and_place(tmp_path, capsys):
         main([str(make(tmp_path / "c.trace")), str(b), "--zoom"])
 
 
+# How much is rounding.
+
+
+class Coarse(nn.Module):
+    """A network in bfloat16, whose last sum is taken in another order where `turned` is true."""
+
+    turned = False
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(3, 400), nn.Linear(400, 2)
+        self.bfloat16()
+
+    def forward(self, x):
+        hidden = self.inner(x.bfloat16()).tanh() * 3
+        parts = hidden[:, None] * self.out.weight
+        halves = parts[:, :, ::2].sum(2) + parts[:, :, 1::2].sum(2)
+        return ((halves if self.turned else parts.sum(2)) + self.out.bias).float()
+
+
+def test_rounding_is_measured_in_bfloat16(tmp_path, capsys):
+    """A sum in another order is beyond the fixed limit, and within what one unit makes."""
+
+    class Turned(Coarse):
+        turned = True
+
+    class Wrong(Coarse):
+        def forward(self, x):
+            return 1.5 * super().forward(x)
+
+    def run(name, kind, **more):
+        torch.manual_seed(0)
+        net = kind()
+        with Trace(net, path=tmp_path / f"{name}.trace", **more):
+            optimizer = torch.optim.SGD(net.parameters(), 1.0)
+            for i in range(20):
+                x = torch.randn(16, 3, generator=torch.Generator().manual_seed(i))
+                optimizer.zero_grad()
+                net(x).sub(x[:, :2]).square().mean().backward()
+                optimizer.step()
+        return tmp_path / f"{name}.trace"
+
+    a, nudged = run("a", Coarse), run("n", Coarse, nudge=True)
+    assert compare(a, nudged).stage == "start"
+    for kind, is_rounding in ((Turned, True), (Wrong, False)):
+        b = run("b", kind)
+        found = compare(a, b, nudged)
+        assert not compare(a, b).rounding
+        assert found.rounding == is_rounding, str(found)
+        assert "one unit in the last place beside" in str(found)
+    assert main([str(a), str(b), "--nudged", str(nudged)]) == 1
+
+
 # For other people's tests.
 
 

@@ -27,13 +27,17 @@ def main(argv: list[str]) -> int:
         "--zoom", action="store_true",
         help="name the operator and the line of code; both traces were made with zoom=STEP",
     )  # fmt: skip
+    parser.add_argument(
+        "--nudged", metavar="A2.trace",
+        help="A's run once more, traced with nudge=True: tells how much rounding makes",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     from .diagnosis import to_json
     from .page import page
     from .ranks import compare_ranks
     from .zoom import zoom
 
-    diagnosis = compare_ranks(arguments.a, arguments.b)
+    diagnosis = compare_ranks(arguments.a, arguments.b, arguments.nudged)
     if arguments.html:
         content = page(diagnosis, arguments.a, arguments.b)
         target = Path(arguments.html)

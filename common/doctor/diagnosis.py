@@ -6,14 +6,15 @@ after a step are equal, what differed before is a remark.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import causes_input, causes_step
 from .evidence import Cause, Found, differ, differing, eps, stage, unknown
 from .files import Line
-from .messages import PAGES, BadInput, printable
+from .messages import PAGES, SAMENESS, BadInput, printable
 from .remarks import environment, harmless, not_seen
+from .rounding import TIMES, measured
 from .run import Run, align, load, weights_before, weights_found
 from .steps import first_in_step
 
@@ -89,13 +90,19 @@ class Diagnosis:
         return [*lines, *self.remarks]
 
 
-def compare(a: Path | str, b: Path | str) -> Diagnosis:
+def compare(a: Path | str, b: Path | str, nudged: Path | str | None = None) -> Diagnosis:
     """Compare two traces and diagnose their first difference.
+
+    `nudged` is the trace of A's run made once more with Trace(..., nudge=True): what it differs by
+    is what rounding makes here, instead of a fixed number of units in the last place.
 
     Raises BadInput where one is no trace, is empty, or they were thinned differently.
     """
     try:
-        diagnosis = _compare(load(a, "A"), load(b, "B"))
+        first = load(a, "A")
+        diagnosis = _compare(first, load(b, "B"))
+        if nudged is not None and diagnosis.size is not None:
+            diagnosis = _measured(diagnosis, load(a, "A"), load(nudged, "the nudged run"))
         str(diagnosis)  # what cannot be said is nonsense, too
         return diagnosis
     except (BadInput, MemoryError):
@@ -128,6 +135,18 @@ def _compare(a: Run, b: Run) -> Diagnosis:
         steps, found.stage, step, found.what, found.others, found.size, found.rounding,
         tuple(found.causes), (*remarks, *not_seen(a, b)),
     )  # fmt: skip
+
+
+def _measured(diagnosis: Diagnosis, a: Run, nudged: Run) -> Diagnosis:
+    """Judge the size of a difference by what one unit in the last place makes of it."""
+    by = measured(a, nudged, max(diagnosis.step, 1), str(diagnosis.stage))
+    said = f"A itself, begun one unit in the last place beside, differs by {by:.1g} there."
+    is_rounding = diagnosis.size is not None and diagnosis.size <= TIMES * by
+    causes = diagnosis.causes
+    if is_rounding and not diagnosis.rounding:
+        causes = (Cause(f"The same sums in another order: {SAMENESS}", said), *causes)
+    return replace(diagnosis, rounding=is_rounding, causes=causes,
+                   remarks=(said, *diagnosis.remarks))  # fmt: skip
 
 
 def assert_parity(a: Path | str, b: Path | str) -> None:

@@ -47,7 +47,7 @@ def drift(paths: list[Path]) -> Cause | None:
     return None
 
 
-def compare_ranks(a: Path | str, b: Path | str) -> Diagnosis:
+def compare_ranks(a: Path | str, b: Path | str, nudged: Path | str | None = None) -> Diagnosis:
     """Compare two runs: within each, rank against rank; then each rank with the other run's.
 
     Raises BadInput where a rank's trace is missing, or the runs have another number of them.
@@ -56,7 +56,7 @@ def compare_ranks(a: Path | str, b: Path | str) -> Diagnosis:
     if len(ours) != len(theirs):
         raise BadInput(f"A has {len(ours)} processes and B {len(theirs)}; trace both with as many.")
     if len(ours) == 1:
-        return compare(ours[0], theirs[0])
+        return compare(ours[0], theirs[0], nudged)
     remarks = []
     for name, paths in (("A", ours), ("B", theirs)):
         if cause := drift(paths):

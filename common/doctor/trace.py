@@ -30,6 +30,7 @@ from .fingerprints import bits, digest, excerpt, is_batch, not_seen, rows, seen
 from .layout import Layout
 from .messages import BadInput
 from .record import Gradients, Weights, step_line
+from .rounding import nudge as nudge_weights
 from .walk import Unseen, leaves, positional
 from .zoom import Operators
 
@@ -45,8 +46,9 @@ class Trace:
     within fit, and it is found. `path` is written when the block ends, also by an error; several
     processes write a file each, with the rank in its name. `every` is the distance between two
     recorded steps, `first` the first one that is recorded, `full` those that are written in full
-    beside it. `zoom` is a step of which each operator is recorded, for `samebits --zoom`. Entered a
-    second time, it goes on in the same file.
+    beside it. `zoom` is a step of which each operator is recorded, for `samebits --zoom`.
+    `nudge` moves all weights by one unit in the last place when the block begins, for `samebits
+    --nudged`: such a run is no longer the same. Entered a second time, it goes on in the same file.
 
     Raises BadInput where model is no module with parameters, every, first or full are no positive
     numbers, or no file can be written at path. Once the block has begun, it raises nothing.
@@ -55,6 +57,7 @@ class Trace:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | None = None, *, path: Path | str,
         every: int = 1, first: int = 1, full: Collection[int] = (), zoom: int = 0,
+        nudge: bool = False,
     ) -> None:  # fmt: skip
         if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
             raise BadInput(
@@ -70,6 +73,7 @@ class Trace:
         if not isinstance(zoom, int) or zoom < 0:
             raise BadInput(f"zoom is {zoom!r}, but it is the number of a step: 5.")
         self.model, self.optimizer, self.every, self.first = model, optimizer, every, first
+        self.nudge = nudge
         self.full = frozenset(full) | ({zoom} - {0})
         self.path = path_of_rank(Path(path), *process())
         self.steps = self.clock = 0
@@ -93,6 +97,9 @@ class Trace:
         self.layout = Layout(self.model)
         self.weights = Weights(self.layout)
         self.gradients = Gradients()
+        if self.nudge and not again:
+            nudge_weights(self.model)
+            self.weights = Weights(self.layout)
         if again:
             self._write({"again": self.steps})
         else:

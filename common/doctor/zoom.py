@@ -113,11 +113,11 @@ def _first(ours: list[dict], theirs: list[dict], step: int) -> str:
             if tensor["bits"] in given or tensor["bits"].startswith("?"):
                 continue
             said = f"In step {step:,}, {one['op']} in {one['at']} of A is the first whose value B "
-            other = _like(tensor, one, theirs, {t["bits"] for o in ours for t in o["gave"]})
-            if other is None:
+            its = _like(tensor, one, theirs, {t["bits"] for o in ours for t in o["gave"]})
+            if its is None:
                 return said + "has nowhere."
-            said += f"has not; B's is that of {other['at']}."
-            return said + _largest(tensor, other["tensor"])
+            said += f"has not; B's is that of {its['at']}."
+            return said + _largest(tensor, its["tensor"])
         if place + 1 == len(ours):
             break
     return f"All {len(ours)} operators of step {step:,} gave the same."
