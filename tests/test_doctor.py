@@ -155,6 +155,19 @@ def test_names_may_differ(tmp_path):
     assert (compare(a, b).step, compare(a, b).stage) == (2, "update")
 
 
+def test_a_start_that_is_a_later_step(tmp_path):
+    """One run goes on from where the other is after its second step: no other seed."""
+    net = noisy()
+    a = traced(tmp_path / "a.trace", number=4)
+    torch.manual_seed(1)
+    steps(net, 2)
+    b = traced(tmp_path / "b.trace", net=net)
+    diagnosis = compare(a, b)
+    assert diagnosis.stage == "start"
+    assert diagnosis.causes[0].name.startswith("B goes on from a training")
+    assert "after step 2" in diagnosis.causes[0].evidence
+
+
 def test_assert_parity_says_it_in_fifteen_lines(tmp_path):
     a, b = traced(tmp_path / "a.trace"), traced(tmp_path / "b.trace", at=2)
     assert_parity(a, a)

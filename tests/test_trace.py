@@ -236,6 +236,51 @@ def test_the_callback_keeps_the_trace_of_a_training_that_fails(tmp_path):
     assert end["end"] == 2 and end["error"] == "ArithmeticError: as asked"
 
 
+class Beside(Lit):
+    """Has a frozen copy beside its network."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.target = copy.deepcopy(net)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.02, momentum=0.9)
+
+
+def test_the_callback_takes_the_network_that_is_meant(tmp_path):
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), 4, generator=torch.Generator())
+    names = noisy().state_dict()
+    for network, prefix in (
+        (None, ""), ("net", ""), ("target.backbone", None), (lambda module: module, "net."),
+    ):  # fmt: skip
+        lit = Beside(noisy())
+        watch = callback(L.Callback, tmp_path / "it.trace", network=network)
+        trainer([watch]).fit(lit, loader)
+        if prefix is None:  # no optimizer holds it
+            assert lines(tmp_path / "it.trace")[-1]["end"] == 0
+        else:
+            assert {prefix + name for name in names} <= set(
+                lines(tmp_path / "it.trace")[0]["start"]
+            )
+        count("networks that the callback was told of")
+    with pytest.raises(BadInput, match="has no part 'nett'; it has: net, seen, target"):
+        watch = callback(L.Callback, tmp_path / "it.trace", network="nett")
+        trainer([watch]).fit(Beside(noisy()), loader)
+
+
+def test_many_fits_overwrite_nothing(tmp_path):
+    """The same network goes on in its file; another one gets a file of its own."""
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), 4, generator=torch.Generator())
+    watch, first = callback(L.Callback, tmp_path / "it.trace"), Lit(noisy())
+    for module in (first, Lit(noisy()), first):
+        trainer([watch]).fit(module, loader)
+    assert {path.name for path in tmp_path.iterdir()} == {"it.trace", "it-2.trace"}
+    whole = lines(tmp_path / "it.trace")
+    assert [line.get("step", line.get("again")) for line in whole[1:-1]] == [1, 2, 3, 3, 4, 5, 6]
+    assert whole[-1]["end"] == 6 and lines(tmp_path / "it-2.trace")[-1]["end"] == 3
+    assert [line.get("which") for line in whole[1:-1]] == [1, 1, 1, None, 2, 2, 2]
+
+
 def test_it_serves_both_names_of_lightning(tmp_path):
     import pytorch_lightning as pl
 

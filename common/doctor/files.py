@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .messages import BadInput
+from .messages import DOCTOR, BadInput
 
 Line = dict[str, Any]
 
@@ -106,7 +106,7 @@ def read(path: Path | str) -> list[str]:
         why = "; only its beginning, .part: the run was killed, or still goes on" if part else ""
         raise BadInput(
             f"there is no trace '{path}'{why}; make one: with Trace(net, path=...), "
-            "see docs/doctor.md."
+            f"see {DOCTOR}."
         ) from error
     except (OSError, EOFError, ValueError, IndexError, RecursionError, zlib.error) as error:
         raise damaged from error

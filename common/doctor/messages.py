@@ -6,9 +6,12 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-# Where the pages are that explain a cause.
-PAGES = "docs/pitfalls.md"
-SAMENESS = "docs/sameness.md"
+# Where the pages are that explain a cause. Where they are published, HOME is the address before
+# `docs/`; all links of the package follow it.
+HOME = ""
+PAGES = f"{HOME}docs/pitfalls.md"
+SAMENESS = f"{HOME}docs/sameness.md"
+DOCTOR = f"{HOME}docs/doctor.md"
 
 
 class BadInput(Exception):
