@@ -65,7 +65,7 @@ endif
 .DEFAULT_GOAL := help
 .DEFAULT:
 	$(error $(UNCLEAR))
-.PHONY: help setup quick parity doctor controls page notebooks pitfalls ledger hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
+.PHONY: help setup quick parity doctor controls cases page notebooks pitfalls ledger hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
 
 help: # print the commands, in groups
 	@echo "usage: make COMMAND [ARGS=\"--max-epochs 5\"]    NAME is a lesson:"
@@ -116,6 +116,9 @@ doctor: .venv/ready ## name the first difference of two traced runs: make doctor
 
 controls: .venv/ready ## try the doctor on single changes and on equal runs; write the tables of docs/doctor.md
 	@$(BIN)/python tests/controls.py
+
+cases: .venv/ready ## try the doctor on mistakes from public reports; write their table in docs/doctor.md
+	@$(BIN)/python tests/case_table.py
 
 ##@ Measure
 bench: .venv/ready ## measure what the Trainer costs in a step, and what a loop can waste; ten minutes

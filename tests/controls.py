@@ -165,9 +165,12 @@ CONTROLS: dict[str, Control] = {
     "no eval() before validation": replaced(
         "plain", "weights", "model.eval() is missing", "    model.eval()\n", ""),
     "a summary after the seed": replaced(
-        "lightning", "weights", "A forward pass in train mode",
+        "lightning", "weights", "A forward pass without a backward pass",
         "    trainer = L.Trainer(", "    summary(model.model, (3, 32, 32), device='cpu')\n"
         "    trainer = L.Trainer("),
+    "a second forward pass for the accuracy": replaced(
+        "plain", "buffers", "A forward pass without a backward pass", STEP,
+        "        model(images)\n" + STEP),
     "weights clamped after each step": replaced(
         "plain", "weights", "Weights were loaded, averaged or clamped", STEP,
         STEP + "        with torch.no_grad():\n"
@@ -410,14 +413,18 @@ def main() -> None:
     # As torchrun does it. Else Lightning's DDP, in the lesson parallel, takes as many as there are
     # cores: the doctor found it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    page, made = PAGE.read_text(), tables()
-    before, _, rest = page.partition("<!-- made by make controls -->\n")
-    _, end, after = rest.partition("<!-- end -->")
-    text = f"{before}<!-- made by make controls -->\n{made}\n{end}{after}"
-    temporary = PAGE.with_suffix(".part")
-    temporary.write_text(text)
-    temporary.replace(PAGE)
+    made = tables()
+    written(PAGE, "made by make controls", made)
     print(made.splitlines()[-1])
+
+
+def written(page: Path, mark: str, made: str) -> None:
+    """Write into a page what a command made, between its mark and the end."""
+    before, _, rest = page.read_text().partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    temporary = page.with_suffix(".part")
+    temporary.write_text(f"{before}<!-- {mark} -->\n{made}\n{end}{after}")
+    temporary.replace(page)
 
 
 if __name__ == "__main__":

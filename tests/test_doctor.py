@@ -10,7 +10,8 @@ import sys
 import controls
 import pytest
 import torch
-from helpers import count, some
+from case_table import EQUAL
+from helpers import Noisy, count, some
 from samebits import STAGES, BadInput, Cause, Diagnosis, Trace, assert_parity, compare
 from test_trace import noisy, steps
 from torch import nn
@@ -133,9 +134,38 @@ def test_names_may_differ(tmp_path):
 
     a, b = traced(tmp_path / "a.trace"), traced(tmp_path / "b.trace", net=Wrapped())
     diagnosis = compare(a, b)
-    assert diagnosis.equal and "paired in their order" in str(diagnosis)
+    assert diagnosis.equal and "B's names begin with 'inner.'." in str(diagnosis)
     b = traced(tmp_path / "b.trace", net=Wrapped(), at=2)
     assert (compare(a, b).step, compare(a, b).stage) == (2, "update")
+
+    class Renamed(Noisy):
+        def __init__(self):
+            super().__init__()
+            self.body, self.last = self.backbone, self.head
+            del self.backbone, self.head
+
+        def forward(self, x):
+            return self.last(self.body(x)).log_softmax(1)
+
+    torch.manual_seed(0)
+    b = traced(tmp_path / "b.trace", net=Renamed())
+    assert compare(a, b).equal and "paired in their order" in str(compare(a, b))
+    torch.manual_seed(0)
+    b = traced(tmp_path / "b.trace", net=Renamed(), at=2)
+    assert (compare(a, b).step, compare(a, b).stage) == (2, "update")
+
+
+def test_a_start_that_is_a_later_step(tmp_path):
+    """One run goes on from where the other is after its second step: no other seed."""
+    net = noisy()
+    a = traced(tmp_path / "a.trace", number=4)
+    torch.manual_seed(1)
+    steps(net, 2)
+    b = traced(tmp_path / "b.trace", net=net)
+    diagnosis = compare(a, b)
+    assert diagnosis.stage == "start"
+    assert diagnosis.causes[0].name.startswith("B goes on from a training")
+    assert "after step 2" in diagnosis.causes[0].evidence
 
 
 def test_assert_parity_says_it_in_fifteen_lines(tmp_path):
@@ -200,8 +230,8 @@ def test_every_page_that_a_cause_names_exists():
 
 def test_the_readme_says_what_the_pages_show():
     readme = (ROOT / "README.md").read_text()
-    changes, pairs = len(controls.CONTROLS), len(controls.EQUAL)
-    assert f"Of {changes} single changes" in readme and f"; {pairs} pairs of equal\n" in readme
+    changes, pairs = len(controls.CONTROLS), EQUAL
+    assert f"Of {changes} single changes" in readme and f"; {pairs} pairs of equal runs" in readme
     pitfalls = (ROOT / "docs" / "pitfalls.md").read_text()
     assert f"{len(re.findall('<a id=', pitfalls))} runnable sections" in readme
     shown = re.search(r"```\n(The runs differ .*?)```", readme, re.DOTALL)[1]

@@ -76,7 +76,7 @@ def test_the_page_goes_from_the_first_port_to_the_last(loop, tmp_path):
 
 
 def test_the_page_shows_the_lines_of_the_files():
-    test = (FOLDER / "test_port.py").read_text()
+    test = (FOLDER / "test_port.py").read_text() + (FOLDER / "port.py").read_text()
     for block in blocks("python"):
         for line in block.splitlines():
             code = line.split("  #")[0].strip()

@@ -56,20 +56,25 @@ def test_what_a_trace_records(tmp_path):
     with Trace(net, path=tmp_path / "it.trace"):
         steps(net, 2)
     head, first, second, end = lines(tmp_path / "it.trace")
-    assert head["start"].keys() == start.keys() and end == {"end": 2, "error": None, "weights": {}}
+    assert head["start"].keys() == start.keys() and len(end.pop("digest")) == 64
+    assert end == {"end": 2, "error": None, "weights": {}, "unseen": {}}
     for name, value in start.items():
         assert head["start"][name]["bits"] == fingerprint(value)["bits"]
-        assert second["weights"][name]["bits"] == fingerprint(net.state_dict()[name])["bits"]
-    [batch] = first["batches"]
-    assert batch["inputs"][0]["bits"] == fingerprint(IMAGES)["bits"] and len(batch["rows"]) == 12
+        assert second["weights"]["bits"][name] == fingerprint(net.state_dict()[name])["bits"]
+    [batch] = first["passes"]
+    assert batch["inputs"]["x"]["bits"] == fingerprint(IMAGES)["bits"] and len(batch["rows"]) == 12
     assert list(batch["layers"]) == [f"backbone.{n}" for n in range(5)] + ["backbone", "head"]
     assert batch["mode"] == "1" * len(head["modules"])
-    assert batch["loss"]["output 1"]["shape"] == [12, 10] and len(batch["loss_rows"]) == 12
+    assert batch["loss"][""]["shape"] == [12, 10] and len(batch["loss values"][""]["rows"]) == 12
+    assert first["backwards"][0]["loss"] == [pytest.approx(2.3, abs=1)]
     assert first["groups"][0]["lr"] == 0.02 and first["groups"][0]["momentum"] == 0.9
-    assert first["between"] == {"same": True} and first["optimizer"] == "SGD"
+    assert first["between"] == {} and first["fresh"] is None and first["optimizer"] == "SGD"
     for name, parameter in net.named_parameters():
-        assert second["used"][name]["bits"] == fingerprint(parameter.grad)["bits"]
-        assert f"{name}: momentum_buffer" in second["state"]
+        assert second["used"]["bits"][name] == fingerprint(parameter.grad)["bits"]
+        assert f"{name}: momentum_buffer" in first["state"]
+    # The first step is in full, the others are digests and the numbers of all tensors together.
+    assert first["used"]["full"].keys() == second["used"]["bits"].keys()
+    assert "full" not in second["used"] and "state" not in second
 
 
 def test_the_sketch_tells_how_far_tensors_are_apart():
@@ -110,7 +115,7 @@ def test_a_network_can_be_copied_and_saved_while_it_is_traced(tmp_path):
     file.seek(0)
     saved = torch.load(file, weights_only=False)
     assert saved.eval()(IMAGES).shape == (12, 10)
-    assert all(len(line["batches"]) == 1 for line in lines(tmp_path / "it.trace")[1:-1])
+    assert all(len(line["passes"]) == 1 for line in lines(tmp_path / "it.trace")[1:-1])
 
 
 def test_hooks_are_gone_afterwards(tmp_path):
@@ -163,12 +168,13 @@ def test_unusual_networks(tmp_path):
             optimizer.zero_grad()
             net(x=x, scale=torch.tensor(1.0))  # an evaluation that forgot no_grad
     steps_ = lines(tmp_path / "it.trace")[1:-1]
-    assert [len(line["batches"]) for line in steps_] == [2, 2, 2]
-    assert [line["without_backward"] for line in steps_] == [0, 1, 1]
-    assert list(steps_[0]["batches"][0]["layers"]) == ["a", "a (call 2)", "b"]
-    assert [len(batch["inputs"]) for batch in steps_[0]["batches"]] == [2, 2]
-    assert "b.weight" not in steps_[0]["fresh"] and "b.weight" in steps_[2]["fresh"]
-    assert "calls" in steps_[0]["weights"]
+    assert [len(line["passes"]) for line in steps_] == [2, 3, 3]
+    assert [[bool(p["loss"]) for p in line["passes"]] for line in steps_][1] == [False, True, True]
+    assert list(steps_[0]["passes"][0]["layers"]) == ["a", "a (call 2)", "b"]
+    assert [list(batch["inputs"]) for batch in steps_[0]["passes"]] == [["x", "scale"]] * 2
+    assert list(steps_[0]["passes"][0]["outputs"]) == ["twice", "other.0"]
+    assert "b.weight" not in steps_[0]["used"]["bits"] and "b.weight" in steps_[2]["used"]["bits"]
+    assert "calls" in steps_[0]["weights"]["bits"]
     assert compare(tmp_path / "it.trace", tmp_path / "it.trace").equal
 
 
@@ -228,6 +234,51 @@ def test_the_callback_keeps_the_trace_of_a_training_that_fails(tmp_path):
         trainer([callback(L.Callback, tmp_path / "it.trace")]).fit(Lit(noisy(), True), loader)
     end = lines(tmp_path / "it.trace")[-1]
     assert end["end"] == 2 and end["error"] == "ArithmeticError: as asked"
+
+
+class Beside(Lit):
+    """Has a frozen copy beside its network."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.target = copy.deepcopy(net)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.02, momentum=0.9)
+
+
+def test_the_callback_takes_the_network_that_is_meant(tmp_path):
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), 4, generator=torch.Generator())
+    names = noisy().state_dict()
+    for network, prefix in (
+        (None, ""), ("net", ""), ("target.backbone", None), (lambda module: module, "net."),
+    ):  # fmt: skip
+        lit = Beside(noisy())
+        watch = callback(L.Callback, tmp_path / "it.trace", network=network)
+        trainer([watch]).fit(lit, loader)
+        if prefix is None:  # no optimizer holds it
+            assert lines(tmp_path / "it.trace")[-1]["end"] == 0
+        else:
+            assert {prefix + name for name in names} <= set(
+                lines(tmp_path / "it.trace")[0]["start"]
+            )
+        count("networks that the callback was told of")
+    with pytest.raises(BadInput, match="has no part 'nett'; it has: net, seen, target"):
+        watch = callback(L.Callback, tmp_path / "it.trace", network="nett")
+        trainer([watch]).fit(Beside(noisy()), loader)
+
+
+def test_many_fits_overwrite_nothing(tmp_path):
+    """The same network goes on in its file; another one gets a file of its own."""
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), 4, generator=torch.Generator())
+    watch, first = callback(L.Callback, tmp_path / "it.trace"), Lit(noisy())
+    for module in (first, Lit(noisy()), first):
+        trainer([watch]).fit(module, loader)
+    assert {path.name for path in tmp_path.iterdir()} == {"it.trace", "it-2.trace"}
+    whole = lines(tmp_path / "it.trace")
+    assert [line.get("step", line.get("again")) for line in whole[1:-1]] == [1, 2, 3, 3, 4, 5, 6]
+    assert whole[-1]["end"] == 6 and lines(tmp_path / "it-2.trace")[-1]["end"] == 3
+    assert [line.get("which") for line in whole[1:-1]] == [1, 1, 1, None, 2, 2, 2]
 
 
 def test_it_serves_both_names_of_lightning(tmp_path):

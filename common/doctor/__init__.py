@@ -8,23 +8,21 @@ needs PyTorch and NumPy alone. It is imported as `samebits` everywhere, also in 
 under a second name it would be loaded twice, with two classes of each error.
 """
 
-from .diagnosis import STAGES, Diagnosis, assert_parity, compare
-from .evidence import Cause
-from .files import read
-from .fingerprints import fingerprint
-from .messages import BadInput
-from .trace import Trace
-from .trainer import callback
+import importlib
+from typing import Any
 
-__all__ = [
-    "STAGES",
-    "BadInput",
-    "Cause",
-    "Diagnosis",
-    "Trace",
-    "assert_parity",
-    "callback",
-    "compare",
-    "fingerprint",
-    "read",
-]
+# Where each name is. They are loaded when they are asked for: pytest loads the fixture in every
+# project of an environment, and PyTorch should not be loaded with it.
+_HOMES = {
+    "STAGES": "diagnosis", "BadInput": "messages", "Cause": "evidence", "Diagnosis": "diagnosis",
+    "Trace": "trace", "assert_parity": "diagnosis", "callback": "trainer", "check": "alone",
+    "compare": "diagnosis", "fingerprint": "fingerprints", "read": "files",
+}  # fmt: skip
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,49 +1,69 @@
-"""The causes of a difference before the forward pass: in the initial weights, or in a batch.
+"""The causes of a difference before the forward pass: in the initial weights, or in an input.
 
 Like its neighbours, it looks at the same part of both traces. The causes come in the order in which
 they fit; each says what it saw, so that a reader can judge it.
 """
 
 import math
-import sys
 
-import numpy as np
+from .causes_batch import batch_causes
+from .evidence import Cause, Found, bits, differ, is_rounding, named, size, unknown
+from .files import Line
+from .run import Run, training
 
-from .evidence import Cause, Found, differ
-from .files import Line, Run
 
-
-def other_network(ours: Line, theirs: Line) -> Found | None:
-    """Compare the parameters' names and shapes."""
-    a, b = ({name: t["shape"] for name, t in tensors.items()} for tensors in (ours, theirs))
-    if a == b:
-        return None
-    one_sided = sorted(a.keys() ^ b.keys())
-    names = one_sided or [name for name in a if a[name] != b[name]]
-    said = f"{names[0]}: {a.get(names[0], 'none')} in A, {b.get(names[0], 'none')} in B."
+def other_network(a: Run, b: Run) -> Found | None:
+    """Compare the parameters' names and shapes, and which of them are one tensor."""
+    names = [run.names() for run in (a, b)]
+    ours, theirs = ({n: t.get("shape") for n, t in side.items()
+                     if run.head["buffers"].get(n, True)}
+                    for side, run in zip(names, (a, b), strict=True))  # fmt: skip
+    if ours == theirs:
+        return _tied(a, b)
+    one_sided = sorted(ours.keys() ^ theirs.keys())
+    unlike = one_sided or [n for n in ours if ours[n] != theirs[n]]
+    said = f"{unlike[0]}: {ours.get(unlike[0], 'none')} in A, {theirs.get(unlike[0], 'none')} in B."
+    if len(ours) != len(theirs):
+        said += f" A has {len(ours)} tensors, B {len(theirs)}; is the same part watched?"
     cause = Cause("Another network", said, "layer")
-    if sorted(map(str, a.values())) == sorted(map(str, b.values())):
+    if sorted(map(str, ours.values())) == sorted(map(str, theirs.values())):
         cause = Cause("Layers in another order", f"all shapes are in both, elsewhere; {said}",
                       "seed-and-layers")  # fmt: skip
-    return Found("start", f"shape of {names[0]}", [cause], len(names) - 1)
+    return Found("start", f"shape of {unlike[0]}", [cause], len(unlike) - 1)
 
 
-def start_causes(a: Run, b: Run, rounding: bool) -> list[Cause]:
+def _tied(a: Run, b: Run) -> Found | None:
+    ours, theirs = a.head["tied"], b.head["tied"]
+    names = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+    if not names:
+        return None
+    name = names[0]
+    who, other, first = ("A", "B", ours[name]) if name in ours else ("B", "A", theirs[name])
+    said = f"{name} and {first} are one tensor in {who}, and two in {other}."
+    cause = Cause(f"Weights are tied in {who}, and not in {other}", said, "layer")
+    return Found("start", f"{name}, which is {first} in {who}", [cause], len(names) - 1)
+
+
+def start_causes(a: Run, b: Run) -> list[Cause]:
     ours, theirs = a.head["start"], b.head["start"]
-    different = [n for n in ours if ours[n]["bits"] != theirs[n]["bits"]]
-    drawn = [n for n in ours if ours[n]["norm"] and not _is_constant(ours[n])]
-    if {t["bits"] for t in ours.values()} == {t["bits"] for t in theirs.values()}:
+    both = [n for n in ours if n in theirs and not unknown(ours[n]) and not unknown(theirs[n])]
+    different = [n for n in both if differ(ours[n], theirs[n])]
+    drawn = [n for n in both if ours[n]["norm"] and not _is_constant(ours[n])]
+    if {bits(ours[n]) for n in both} == {bits(theirs[n]) for n in both}:
         said = "the same tensors have other names."
         return [Cause("Layers in another order", said, "seed-and-layers")]
-    last = a.step(-1)["weights"], b.step(-1)["weights"]
-    for run, trained, start in ((a, last[0], theirs), (b, last[1], ours)):
-        if trained.keys() == start.keys() and not any(differ(trained[n], start[n]) for n in start):
-            said = f"the other run starts with the weights with which {run.name} ends."
-            return [Cause("A checkpoint was loaded", said)]
+    for run, other in ((a, b), (b, a)):
+        wanted = {n: bits(other.head["start"][n]) for n in different}
+        for line in run.every_step():
+            if all(line["weights"]["bits"].get(n) == wanted[n] for n in different):
+                said = f"{other.name} starts with the weights that {run.name} has after step "
+                said += f"{line['step']:,}."
+                return [Cause(f"{other.name} goes on from a training, or a checkpoint was loaded",
+                              said)]  # fmt: skip
     ratios = [_ratio(ours[n], theirs[n]) for n in different]
     similar = all(0.5 < r < 2 for n, r in zip(different, ratios, strict=True)
                   if math.prod(ours[n]["shape"]) > 64)  # fmt: skip
-    share = f"{len(different)} of {len(ours)} tensors differ, and those that are drawn"
+    share = f"{len(different)} of {len(both)} tensors differ, and those that are drawn"
     seed = Cause(
         "Another seed, or random numbers drawn before the network was built",
         f"{share} have about the same norms.", "seed-and-layers",
@@ -58,8 +78,8 @@ def start_causes(a: Run, b: Run, rounding: bool) -> list[Cause]:
         return [cause, seed]
     if similar:
         return [seed]
-    said = f"norms differ: {different[0]} {ours[different[0]]['norm']:.4g} in A, "
-    said += f"{theirs[different[0]]['norm']:.4g} in B."
+    far = max(zip(ratios, different, strict=True), key=lambda p: abs(math.log(p[0] or 1e-9)))[1]
+    said = f"norms differ: {far} {ours[far]['norm']:.4g} in A, {theirs[far]['norm']:.4g} in B."
     return [Cause("Another initialization, or pretrained weights on one side", said), seed]
 
 
@@ -73,117 +93,151 @@ def _is_constant(tensor: Line) -> bool:
     return count > 1 and math.isclose(tensor["norm"] ** 2 * count, tensor["sum"] ** 2, rel_tol=1e-6)
 
 
-def batch_causes(a: Run, b: Run, index: int, place: int, x: Line, y: Line) -> list[Cause]:
-    one, other = x["inputs"][0], y["inputs"][0]
-    if one["shape"][1:] != other["shape"][1:]:
-        said = f"a sample has the shape {one['shape'][1:]} in A and {other['shape'][1:]} in B."
-        return [Cause("Samples of another shape", said)]
-    rows = [[r["rows"] for line in run.every_step() for r in line["batches"]] for run in (a, b)]
-    here = sum(len(line["batches"]) for line in map(a.step, range(index))) + place
-    mine, yours = x["rows"], y["rows"]
-    if len(mine) != len(yours):
-        return _other_batch_size(rows, here, mine, yours)
-    if sorted(mine) == sorted(yours):
-        said = f"all {len(mine)} samples are the same ones."
-        return [Cause("The same samples in another order within the batch", said, "order")]
-    seen = [{row for batch in run for row in batch} for run in rows]
-    common = sum(row in seen[1] for row in mine)
-    if common * 2 > len(mine) and sum(m == y for m, y in zip(mine, yours, strict=True)) == 0:
-        return _other_order(a, b, rows, here, mine, yours, common)
-    return _other_values(one, other, x, y, mine, yours, common)
-
-
-def _other_batch_size(rows: list, here: int, mine: list, yours: list) -> list[Cause]:
-    said = f"{len(mine)} samples in A, {len(yours)} in B."
-    if here and len(rows[0][here - 1]) == len(rows[1][here - 1]):
-        short = "A" if len(mine) < len(yours) else "B"
-        last = f"{said} The batches before were equally large; the short one is {short}'s."
-        cause = Cause("The last batch of an epoch is dropped on one side (drop_last)", last,
-                      "mean-of-means")  # fmt: skip
-        return [cause, Cause("Another batch size", said)]
-    whole = mine[: len(yours)] == yours[: len(mine)]
-    order = " The smaller batch is the larger one's beginning." if whole else ""
-    return [Cause("Another batch size", said + order, "batch-size-and-devices")]
-
-
-def _other_order(
-    a: Run, b: Run, rows: list, here: int, mine: list, yours: list, common: int
-) -> list[Cause]:
-    share = f"{common} of {len(mine)} samples of A's batch come in B at another place"
-    for run, own, other, name in ((rows[1], yours, rows[0], "B"), (rows[0], mine, rows[1], "A")):
-        if own in run[:here] and other[here] not in other[:here]:
-            said = f"{name}'s batch is that of its batch {run.index(own) + 1} again."
-            return [Cause(f"set_epoch is missing in {name}: every epoch has the same order", said,
-                          "set-epoch")]  # fmt: skip
-    for shift in (1, 2, 3, -1, -2, -3):
-        there = slice(max(here + shift, 0), here + shift + 2)
-        if rows[1][there] and rows[0][here : here + 2] == rows[1][there]:
-            ahead = "A is ahead" if shift > 0 else "B is ahead"
-            said = f"{ahead} by {abs(shift)}: A's batch {here + 1} is B's {here + 1 + shift}."
-            return [Cause("A batch was left out, or taken twice, on one side", said, "steps")]
-    drawn = _first_random_difference(a, b)
-    seed = Cause("Shuffled with another seed or generator, or not shuffled on one side",
-                 f"{share}.", "order")  # fmt: skip
-    if here == 0 or drawn > here + 1:
-        generator = Cause("A loader with a generator of its own", f"{share}, after "
-                          f"{here} equal batches.", "own-generator")  # fmt: skip
-        return [generator, seed] if here else [seed]
-    said = f"{share}; the random generators differ from step {drawn} on."
-    validation = Cause("A validation, or something else, drew random numbers on one side", said,
-                       "validation-and-order")  # fmt: skip
-    return [validation, seed]
-
-
-def _first_random_difference(a: Run, b: Run) -> int:
-    """Return the first step in which the random generators differ; a large number if none."""
-    for x, y in zip(a.every_step(), b.every_step(), strict=False):
-        for one, other in zip(x["batches"], y["batches"], strict=False):
-            if one["random"] != other["random"]:
-                return x["step"]
-    return sys.maxsize
-
-
-def _other_values(
-    one: Line, other: Line, x: Line, y: Line, mine: list, yours: list, common: int
-) -> list[Cause]:
-    equal = sum(m == n for m, n in zip(mine, yours, strict=True))
-    if one["dtype"] != other["dtype"]:
-        said = f"{one['dtype']} in A, {other['dtype']} in B."
-        return [Cause("Another type of number", said, "scaling")]
-    if said := _affine(x["excerpt"], y["excerpt"], one["shape"]):
-        return [Cause("Another scaling or normalization", said, "scaling")]
-    close = [math.isclose(one[k], other[k], rel_tol=1e-6, abs_tol=1e-6) for k in ("norm", "sum")]
-    if all(close):
-        said = f"sum and norm are equal, {len(mine) - equal} of {len(mine)} samples differ."
-        return [Cause("The same values in other places: flipped, turned, or channels exchanged",
-                      said, "augmentation")]  # fmt: skip
-    if equal:
-        said = f"{equal} of {len(mine)} samples are equal."
-        return [Cause("Some samples are changed on one side, as by an augmentation", said,
-                      "augmentation")]  # fmt: skip
-    said = f"{common} of {len(mine)} samples of A's batch come anywhere in B."
-    return [Cause("Other samples: another split or data set, or an augmentation", said, "split")]
-
-
-def _affine(ours: list[float], theirs: list[float], shape: list[int]) -> str:
-    """Say how B's values follow from A's by a factor and an offset, if they do; else ''."""
-    a, b = np.array(ours), np.array(theirs)
-    if len(a) < 4 or np.ptp(a) == 0:
-        return ""
-    channels = np.zeros(len(a), int)
-    if len(shape) == 4:  # those of an image may have a scaling of their own each
-        channels = np.linspace(0, math.prod(shape[1:]) - 1, len(a)).astype(int)
-        channels //= math.prod(shape[2:])
-    for groups, how in ((np.zeros(len(a), int), ""), (channels, " in the first channel")):
-        fits = []
-        for group in np.unique(groups):
-            x, y = a[groups == group], b[groups == group]
-            if len(x) < 4 or np.ptp(x) == 0:
-                return ""
-            factor, offset = np.polyfit(x, y, 1)
-            if np.abs(factor * x + offset - y).max() > 1e-4 * (np.ptp(y) + 1e-12):
-                break
-            fits.append((factor, offset))
+def other_input(a: Run, b: Run, index: int, x: Line, y: Line, p: Line, q: Line) -> Found | None:
+    """Compare the arguments of a forward pass by their names."""
+    pairs, missing = _match(p["inputs"], q["inputs"])
+    tensors = [pair for pair in pairs if "bits" in pair[1] and "bits" in pair[2]]
+    for path, one, other in pairs:
+        if not differ(one, other):
+            continue
+        if "bits" not in one or "bits" not in other:
+            said = f"{path} is {bits(one)} in A, {bits(other)} in B."
+            cause = Cause(f"Another value of the argument {path}", said)
+            return Found("batch", f"argument {path}", [cause])
+        if found := _computed(a, b, index, x, y, p, q, path, one, other):
+            return found
+        how_far = size(one, other)
+        what = " and ".join(dict.fromkeys(map(named, (one, other))))  # once, where both are alike
+        what = f"{path}: {what}" if len(tensors) > 1 else what
+        if path == _of_samples(p) and "rows" in p and "rows" in q:
+            causes = batch_causes(a, b, index, p, q, one, other)
         else:
-            return f"B's values are {fits[0][0]:.4g} times A's, {fits[0][1]:+.4g}{how}."
-    return ""
+            said = f"all arguments before {path} are equal."
+            causes = [Cause(f"Another value of the argument {path}", said)]
+        return Found("batch", what, causes, 0, how_far, is_rounding(how_far, one, other))
+    for path, one, who, other in missing:
+        root = path.split(".")[0]
+        said = f"{who} passes {path} ({named(one) if 'bits' in one else bits(one)}), {other} does "
+        said += f"not; {len(missing)} in all." if len(missing) > 1 else "not."
+        name = f"The argument {root} is missing in {other}"
+        run, record = (a, p) if who == "A" else (b, q)
+        origin = _origin(run, index, record, bits(one))
+        if origin and "step" in origin:
+            name += f": a state that {who} carries on from one step to the next"
+            said += f" It is {origin}."
+        return Found("batch", f"argument {root}", [Cause(name, said)], len(missing) - 1)
+    return None
+
+
+def _of_samples(record: Line) -> str:
+    """Return the argument whose samples were recorded: the first tensor with a dimension."""
+    return next((s for s, t in record["inputs"].items() if t.get("shape")), "")
+
+
+def _match(ours: Line, theirs: Line) -> tuple[list, list]:
+    """Pair arguments by name; those that are left by their order, where both have as many."""
+    pairs = [(s, t, theirs[s]) for s, t in ours.items() if s in theirs]
+    left = [[(s, t) for s, t in one.items() if s not in other]
+            for one, other in ((ours, theirs), (theirs, ours))]  # fmt: skip
+    kinds = [["bits" in t for _, t in side] for side in left]
+    if kinds[0] == kinds[1]:
+        return pairs + [(s, t, other) for (s, t), (_, other) in zip(*left, strict=True)], []
+    names = (("A", "B"), ("B", "A"))
+    missing = [(s, t, *who) for side, who in zip(left, names, strict=True) for s, t in side]
+    return pairs, sorted(missing, key=lambda m: "bits" not in m[1])
+
+
+def _origin(run: Run, index: int, record: Line, wanted: str) -> str:
+    """Say which output of an earlier pass an input is; '' where it is none."""
+    if index:
+        before = run.step(index - 1)
+        for other in before["passes"]:
+            for path, tensor in other["outputs"].items():
+                if bits(tensor) == wanted:
+                    where = f"output {path}".strip()
+                    return f"{where} of step {before['step']:,}"
+    made = _made_by(run, index, record, wanted)
+    return f"what {made['module'] or 'the network'} gave before" if made else ""
+
+
+def _made_by(run: Run, index: int, record: Line, wanted: str) -> Line | None:
+    for other in run.step(index)["passes"]:
+        if other["begin"] < record["begin"] and any(
+            bits(t) == wanted for t in other["outputs"].values()
+        ):
+            return other
+    return None
+
+
+def _computed(
+    a: Run, b: Run, index: int, x: Line, y: Line, p: Line, q: Line, path: str, one: Line,
+    other: Line,
+) -> Found | None:  # fmt: skip
+    """Look whether an input was computed by the network itself, and so is no part of a batch."""
+    makers = [_made_by(run, index, record, bits(tensor))
+              for run, record, tensor in ((a, p, one), (b, q, other))]  # fmt: skip
+    first, second = makers
+    if first and second and first["module"] == second["module"]:
+        given_to = [t for m in (first, second) for t in m["inputs"].values() if "bits" in t]
+        if all("attached" in t for t in given_to):
+            return other_input(a, b, index, x, y, first, second)
+        pairs, _ = _match(first["inputs"], second["inputs"])
+        for given, t, u in pairs:
+            if differ(t, u):
+                said = f"what {p['module']} gets was made by {first['module']}, whose {given} "
+                said += "differs."
+                return Found("batch", f"{given} of {first['module']}", [_drawn(first, second, said)
+                             or Cause(f"Another value of the argument {given}", said)])  # fmt: skip
+        return None
+    origins = [_origin(run, index, record, bits(tensor))
+               for run, record, tensor in ((a, p, one), (b, q, other))]  # fmt: skip
+    attached = one.get("attached") or other.get("attached")
+    if not attached and origins[0] == origins[1]:
+        return _made_of_batch(a, b, index, p, path, one, other)
+    module = p["module"] or "the network"
+    what = f"{path} of {module}"
+    how_far = size(one, other)
+    rounding = is_rounding(how_far, one, other)
+    said = f"{path} of {module} is the first that differs; what the parts before it gave is equal."
+    for name, origin, rest in (("A", origins[0], origins[1]), ("B", origins[1], origins[0])):
+        if origin and not rest:
+            said += f" In {name} it is {origin}, in the other run it is not."
+    cause = Cause(f"Another computation before {module}, outside of the parts of the network", said,
+                  "layer")  # fmt: skip
+    if any("step" in origin for origin in origins):
+        who = "A" if "step" in origins[0] else "B"
+        cause = Cause(f"A state is carried on from one step to the next in {who} alone", said)
+    if drawn := _drawn(p, q, said):
+        return Found("random", what, [drawn, cause], 0, how_far, rounding)
+    return Found("output", what, [cause], 0, how_far, rounding)
+
+
+def _made_of_batch(
+    a: Run, b: Run, index: int, p: Line, path: str, one: Line, other: Line
+) -> Found | None:
+    """Look whether an input is that of an earlier pass of the step, changed, as by an attack."""
+    for before, after in zip(training(a.step(index)), training(b.step(index)), strict=False):
+        known, same = before["inputs"].get(path, {}), after["inputs"].get(path, {})
+        if before["begin"] >= p["begin"] or not known.get("sketch") or differ(known, same):
+            continue
+        changes = [size(known, one) or 9.0, size(known, other) or 9.0]
+        if max(changes) > 1:
+            continue
+        said = (
+            f"A's {path} is that of the pass before it, changed by {changes[0]:.3g} of its norm; "
+        )
+        said += f"B's by {changes[1]:.3g}."
+        cause = Cause("Another change of a batch between two forward passes, such as an attack",
+                      said, "augmentation")  # fmt: skip
+        how_far = size(one, other)
+        return Found("batch", f"{path}: {named(one)}", [cause], 0, how_far,
+                     is_rounding(how_far, one, other))  # fmt: skip
+    return None
+
+
+def _drawn(p: Line, q: Line, said: str) -> Cause | None:
+    if p["random"].get("torch") == q["random"].get("torch"):
+        return None
+    more = f"{said} The state of torch's generator differs before {p['module'] or 'the network'}."
+    return Cause("Random numbers from another state, outside of the network's parts", more,
+                 "validation-and-order")  # fmt: skip

@@ -1,140 +1,173 @@
-"""The causes of a difference in the forward pass, up to the loss's gradient at the output."""
+"""The causes of a difference in the forward pass: modes, weights, buffers, layers, randomness."""
 
-import math
+from .evidence import Cause, Found, bits, unknown
+from .files import Line
+from .messages import SAMENESS
+from .run import Run
 
-from .evidence import Cause, Found, common_factor, differ, near, tensors
-from .files import Line, Run, weights_before
 
-
-def other_mode(a: Run, x: Line, y: Line) -> Found:
-    names = list(a.head["modules"])
-    both = list(zip(names, x["mode"], y["mode"], strict=True))
-    differ = [(name or "the network", p, q) for name, p, q in both if p != q]
+def other_mode(p: Line, q: Line) -> Found:
+    both = [(name or "the network", mode, q["modes"][name]) for name, mode in p["modes"].items()
+            if name in q["modes"]]  # fmt: skip
+    unlike = [(name, m, n) for name, m, n in both if m != n]
     words = {"1": "train", "0": "eval"}
-    said = f"{len(differ)} of {len(names)} modules, first {differ[0][0]}: "
-    said += f"{words[differ[0][1]]} in A, {words[differ[0][2]]} in B."
+    said = f"{len(unlike)} of {len(both)} modules, first {unlike[0][0]}: "
+    said += f"{words[unlike[0][1]]} in A, {words[unlike[0][2]]} in B."
     causes = [Cause("model.train() is missing after an evaluation, or before the training", said,
                     "train-and-eval")]  # fmt: skip
-    if len(differ) < len(names):
+    if len(unlike) < len(both):
         causes.insert(0, Cause("A part of the network is frozen on one side", said,
                                "train-and-eval"))  # fmt: skip
-    return Found("mode", differ[0][0], causes, len(differ) - 1)
+    return Found("mode", unlike[0][0], causes, len(unlike) - 1)
 
 
-def changed(a: Run, b: Run, index: int, x: Line, y: Line) -> Found | None:
-    """Compare what somebody did to the weights between two steps."""
-    if not x["changed"] and not y["changed"]:
-        return None
-    before = [weights_before(run, index) for run in (a, b)]
-    ours, theirs = x["changed"] or before[0], y["changed"] or before[1]
+FROZEN = "Frozen or detached on one side (requires_grad, detach, no_grad)"
+EVAL = "model.eval() is missing before an evaluation"
+AGAIN = "A forward pass without a backward pass, in train mode, moved the running averages"
+RECOMPUTED = "The running averages move twice: once more in the recomputation of a checkpoint"
 
-    def find(rounding: bool) -> list[Cause]:
-        different = [n for n in ours if n in theirs and differ(ours[n], theirs[n])]
-        for run, batch in ((a, x), (b, y)):
-            seen = batch["evaluation"]
-            if seen["batches"] and "1" in seen["mode"]:
-                said = f"{run.name} made {seen['batches']} forward passes without gradients in "
-                said += "train mode; they moved the running averages."
-                return [Cause("model.eval() is missing before an evaluation", said,
-                              "train-and-eval")]  # fmt: skip
-        buffers = [n for n in different if n.split(".")[-1].startswith(("running_", "num_batch"))]
-        if buffers and len(buffers) == len(different):
-            said = f"only running averages changed, first {buffers[0]}."
-            return [Cause("A forward pass in train mode outside the training", said, "summary")]
-        who = "A" if x["changed"] else "B"
-        said = f"between two steps, in {who}: no optimizer that was traced did it."
-        return [Cause("Weights were loaded, averaged or clamped between two steps", said)]
 
-    return tensors("weights", ours, theirs, find)
+def changed(a: Run, b: Run, index: int, x: Line, y: Line, names: list[str]) -> Found:
+    """Say who changed the weights that a step's first forward pass found."""
+    for run, step in ((a, x), (b, y)):
+        for record in step["passes"]:
+            counted = record.get("evaluation", {"moved": {}, "batches": 0, "mode": ""})
+            moved = record["moved"] | counted["moved"]
+            if record["loss"] or not any(n in moved for n in names):
+                if record["loss"]:
+                    break
+                continue
+            first = next(n for n in names if n in moved)
+            if record["kind"] == "train" and first in record["moved"]:
+                said = f"{run.name} made a forward pass with gradients, but no backward pass from "
+                said += f"it; it moved {first}."
+                cause = Cause(AGAIN, said, "summary")
+            else:
+                said = f"{run.name} made forward passes without gradients in train mode; they "
+                said += f"moved {first}."
+                cause = Cause(EVAL, said, "train-and-eval")
+            return Found("weights", names[0], [cause], len(names) - 1)
+    touched = {run.name: {n: t for record in step["passes"] for n, t in record["changed"].items()}
+               for run, step in ((a, x), (b, y))}  # fmt: skip
+    who = [name for name, found in touched.items() if any(n in found for n in names)]
+    said = f"between two steps, in {' and '.join(who) or 'one run'}: no optimizer that was traced "
+    said += "did it."
+    if all(a.head["buffers"].get(n) is not None for n in names):
+        said = f"only buffers changed, first {names[0]}, in {' and '.join(who) or 'one run'}."
+        cause = Cause("Running averages were changed between two steps", said, "summary")
+        return Found("weights", names[0], [cause], len(names) - 1)
+    for run in (a, b):
+        found = touched[run.name]
+        largest = {found[n].get("max") for n in names if n in found}
+        if len(names) > 1 and len(largest) == 1 and None not in largest:
+            said += f" In {run.name} the largest magnitude is {largest.pop():.6g} in each: clamped?"
+        if index and names and all(bits(found.get(n, "?")) == _start(run, n) for n in names):
+            said += f" They are {run.name}'s initial weights again."
+    cause = Cause("Weights were loaded, averaged or clamped between two steps", said)
+    return Found("weights", names[0], [cause], len(names) - 1)
+
+
+def _start(run: Run, name: str) -> str:
+    return bits(run.head["start"].get(name, "none"))
+
+
+def other_buffers(a: Run, b: Run, index: int, x: Line, y: Line, names: list[str]) -> Found:
+    """Say by which forward passes a buffer moved: the parameters are equal after the step."""
+    name = names[0]
+    module = name.rpartition(".")[0]
+    settings = a.settings().get(module), b.settings().get(module)
+    moves = [[p for p in step["passes"] if name in p["moved"]] for step in (x, y)]
+    counts = [len(side) for side in moves]
+    said = f"{name} was moved by {counts[0]} forward passes in A, by {counts[1]} in B"
+    causes = []
+    more = [p for side in moves for p in side]
+    kinds = [[sum(p["kind"] == kind for p in side) for side in moves]
+             for kind in ("recompute", "no_grad")]  # fmt: skip
+    without = [sum(p["kind"] == "train" and not p["loss"] for p in side) for side in moves]
+    if settings[0] != settings[1]:
+        unlike = f"{module} is {settings[0]} in A, {settings[1]} in B."
+        causes.append(Cause("A layer with another setting", unlike, "layer"))
+    if kinds[0][0] != kinds[0][1]:
+        who = "A" if kinds[0][0] > kinds[0][1] else "B"
+        causes.append(Cause(RECOMPUTED, f"{said}; in {who} also within the backward pass."))
+    if without[0] != without[1]:
+        who = "A" if without[0] > without[1] else "B"
+        causes.append(Cause(AGAIN, f"{said}; in {who} one of them had no backward pass.",
+                            "summary"))  # fmt: skip
+    if kinds[1][0] != kinds[1][1]:
+        causes.append(Cause(EVAL, f"{said}.", "train-and-eval"))
+    if not causes:
+        what = "as often" if counts[0] == counts[1] and more else "otherwise"
+        name_of = "Buffers are moved by something else than the forward pass, or computed otherwise"
+        causes = [Cause(name_of, f"{said}: {what} in both; all parameters are equal.")]
+    return Found("buffers", name, causes, len(names) - 1)
 
 
 def output_causes(
-    a: Run, b: Run, what: str, x: Line, y: Line, rounding: bool
+    a: Run, b: Run, what: str, p: Line, q: Line, rounding: bool
 ) -> tuple[str, list[Cause]]:
     """Return the stage, output or random, and the causes; `what` is the first that differs."""
-    modules = a.head["modules"], b.head["modules"]
-    one, other = (batch["layers"].get(what) or batch["outputs"][0] for batch in (x, y))
+    ours, theirs = a.settings(), b.settings()
     causes: list[Cause] = []
-    if one["dtype"] != other["dtype"]:
-        said = f"{what} gives {one['dtype']} in A, {other['dtype']} in B."
+    types = [{t.get("dtype") for t in record["outputs"].values()} for record in (p, q)]
+    if types[0] != types[1]:
+        said = f"the output is {_words(types[0])} in A, {_words(types[1])} in B."
         causes.append(Cause("Another precision (autocast on one side)", said, "precision"))
     # Only layers without parts: the class that holds them may have another name.
-    leaves = [n for n in modules[0] if n and not any(m.startswith(f"{n}.") for m in modules[0])]
-    others = [n for n in leaves if modules[0][n] != modules[1].get(n, modules[0][n])]
+    leaves = [n for n in ours if n and not any(m.startswith(f"{n}.") for m in ours)]
+    others = [n for n in leaves if ours[n] != theirs.get(n, ours[n])]
     for name in others[:1]:
-        said = f"{name} is {modules[0][name]} in A, {modules[1][name]} in B."
+        said = f"{name} is {ours[name]} in A, {theirs[name]} in B."
         causes.append(Cause("A layer with another setting", said, "layer"))
-    drawn = [n for n in x["random"] if x["random"][n] != y["random"].get(n)]
-    if drawn and not rounding and not causes:
+    drawn = [n for n in p["random"] if p["random"][n] != q["random"].get(n)]
+    draws = p.get("draws") or q.get("draws")
+    if drawn and draws and not rounding and not causes:
         said = f"before the forward pass the state of {drawn[0]}'s generator differs; the first "
         said += f"output that differs is that of {what}."
-        seen = [batch["evaluation"]["batches"] for batch in (x, y)]
+        seen = [record["evaluation"]["batches"] for record in (p, q)]
         if seen[0] != seen[1]:
             said += f" A evaluated {seen[0]} batches before it, B {seen[1]}."
-        causes.append(Cause("Random numbers, such as a dropout's, from another state", said,
-                            "validation-and-order"))  # fmt: skip
-        if any("Dropout" in module for module in modules[0].values()):
-            return "random", causes
+        name = "Random numbers, such as a dropout's, from another state"
+        return "random", [Cause(name, said, "validation-and-order")]
     if rounding:
-        causes += rounding_causes(a, b, x, y)
+        causes += rounding_causes(a, b, p, q)
+    if bool(p.get("draws")) != bool(q.get("draws")):
+        who = "A" if p.get("draws") else "B"
+        said = f"only {who}'s forward pass draws random numbers."
+        causes.append(Cause("Dropout, or other noise, on one side", said, "layer"))
     said = f"batch and weights are equal; {what} is the first whose output differs."
+    if drawn and not draws:
+        said += f" The state of {drawn[0]}'s generator differs, too."
     return "output", [*causes, Cause("Another computation in the network", said, "layer")]
 
 
-def rounding_causes(a: Run, b: Run, x: Line, y: Line) -> list[Cause]:
+def _words(types: set) -> str:
+    return " and ".join(sorted(map(str, types)))
+
+
+def rounding_causes(a: Run, b: Run, p: Line | None, q: Line | None) -> list[Cause]:
     """Say what of the two runs' surroundings can have put sums into another order."""
-    ours = a.head["environment"] | {"threads": x["threads"]}
-    theirs = b.head["environment"] | {"threads": y["threads"]}
+    ours, theirs = (run.head["environment"] | ({"threads": record["threads"]} if record else {})
+                    for run, record in ((a, p), (b, q)))  # fmt: skip
     others = [name for name in ours if name != "versions" and ours[name] != theirs.get(name)]
-    said = "; ".join(f"{name}: {ours[name]} in A, {theirs[name]} in B" for name in others)
+    said = "; ".join(f"{name}: {ours[name]} in A, {theirs.get(name)} in B" for name in others)
     said = said or "a kernel chosen by memory layout, another device, or compiled code"
-    return [Cause("The same sums in another order: docs/sameness.md", f"{said}.")]
+    return [Cause(f"The same sums in another order: {SAMENESS}", f"{said}.")]
 
 
-def loss_causes(x: Line, y: Line, index: int, rounding: bool) -> list[Cause]:
-    """Look at one batch of a step, the one with that index, and at how many the step has."""
-    counts = len(x["batches"]), len(y["batches"])
-    x, y = x["batches"][index], y["batches"][index]
-    place = next(p for p in x["loss"] if p not in y["loss"] or differ(x["loss"][p], y["loss"][p]))
-    one, other = x["loss"][place], y["loss"].get(place)
-    if not other:
-        return [Cause("Another loss", "it uses other outputs of the network.", "loss")]
-    factor = common_factor(one, other)
-    if factor:
-        return [_factor_cause(factor, one["shape"], counts)]
-    rows = list(zip(x.get("loss_rows", []), y.get("loss_rows", []), strict=False))
-    equal = sum(m == n for m, n in rows)
-    if equal:
-        said = f"{equal} of {len(rows)} samples have the same gradient; the others' targets differ."
-        return [Cause("Other targets (labels) for some samples", said, "targets")]
-    # A cross entropy's gradient is softmax minus one-hot: another label moves two of its values.
-    values = zip(x.get("loss_excerpt", []), y.get("loss_excerpt", []), strict=False)
-    moved = sum(m != n for m, n in values)
-    targets = Cause(
-        "Other targets (labels)",
-        f"the gradients of all samples differ, of the first one {moved} values.", "targets",
-    )  # fmt: skip
-    loss = Cause(
-        "Another loss: label smoothing, class weights, softmax applied twice",
-        "the gradients of all samples differ, and by no common factor.", "loss",
-    )  # fmt: skip
-    return [targets, loss] if moved == 2 else [loss, targets]
-
-
-def _factor_cause(factor: float, shape: list[int], counts: tuple[int, int]) -> Cause:
-    """Name what multiplies a loss by that factor."""
-    said = f"B's gradient is {factor:.6g} times A's, in every value."
-    whole = max(factor, 1 / factor)
-    if counts[0] != counts[1] and near(factor, counts[0] / counts[1]):
-        said += f" A makes a step from {counts[0]} batches, B from {counts[1]}."
-        return Cause("Gradients of several batches are accumulated on one side", said,
-                     "accumulation")  # fmt: skip
-    if any(count > 1 and near(whole, count) for count in (*shape[:1], math.prod(shape))):
-        said += f" The network's output is {'x'.join(map(str, shape))}."
-        return Cause("reduction='sum' on one side, 'mean' on the other", said, "reduction")
-    if whole >= 1024 and near(math.log2(whole), round(math.log2(whole))):
-        return Cause("A loss that is scaled for float16", said, "precision")
-    if whole < 1024 and near(whole, round(whole)):
-        said += " Accumulation, or the average over devices, divides by such a number."
-        return Cause(f"The loss is divided by {round(whole)} on one side", said, "accumulation")
-    return Cause("A loss with another weight", said, "loss")
+def recomputed_otherwise(run: Run, index: int) -> str:
+    """Return the layer whose recomputation, in a backward pass, gave something else; else ''."""
+    first: Line = {}
+    for record in run.step(index)["passes"]:
+        if record["kind"] == "train":
+            first |= record["layers"]
+        elif record["kind"] == "recompute":
+            for layer, value in record["layers"].items():
+                known = first.get(layer, "?")
+                if not unknown(known) and not unknown(value) and value != known:
+                    return layer
+            for value in record["outputs"].values():
+                known = first.get(record["module"], "?")
+                if not unknown(known) and not unknown(value) and bits(value) != known:
+                    return record["module"]
+    return ""

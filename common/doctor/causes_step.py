@@ -1,122 +1,113 @@
-"""The causes of a difference after the loss: in gradients, in the optimizer, in how many steps."""
+"""The causes of a difference in the optimizer, in its settings, and in how many steps there are."""
 
+import itertools
+
+from .causes_gradient import clipping_causes, gradient_causes
 from .causes_network import rounding_causes
-from .evidence import Cause, Found, common_factor, differ, near, total
-from .files import Line, Run
+from .evidence import Cause, Found, differ, differing
+from .files import Line
+from .run import Run, paired, stepped, training, weights_found
 
 # What does not change an update, or is only a schedule's own note.
 NOT_SETTINGS = {"params", "foreach", "fused", "capturable", "initial_lr", "max_lr", "min_lr",
-                "base_momentum", "max_momentum", "swa_lr"}  # fmt: skip
+                "base_momentum", "max_momentum", "swa_lr", "param_names",
+                "decoupled_weight_decay"}  # fmt: skip
 
-CHANGED_AFTERWARDS = Cause(
-    "Weights were loaded after the last step, such as the best checkpoint's",
-    "all steps are equal, and the weights at the end are not.", "best-or-last",
-)  # fmt: skip
-
-
-def gradient_causes(a: Run, b: Run, x: Line, y: Line, rounding: bool) -> list[Cause]:
-    if rounding:
-        return rounding_causes(a, b, x["batches"][0], y["batches"][0])
-    one_sided = sorted(x["fresh"].keys() ^ y["fresh"].keys())
-    if one_sided:
-        said = f"{len(one_sided)} parameters get a gradient in one run only, first {one_sided[0]}."
-        return [Cause("Frozen or detached on one side (requires_grad, detach, no_grad)", said,
-                      "frozen")]  # fmt: skip
-    names = [n for n in x["fresh"] if differ(x["fresh"][n], y["fresh"][n])]
-    factors = [common_factor(x["fresh"][n], y["fresh"][n]) for n in names]
-    if all(factors):
-        said = f"B's gradient of {names[0]} is {factors[0]:.6g} times A's."
-        return [Cause("A hook, or a part of the loss, scales gradients", said, "accumulation")]
-    said = f"output and its gradient are equal; {len(names)} of {len(x['fresh'])} gradients differ."
-    penalty = "A term of the loss that does not come from the output, as a penalty on weights"
-    return [Cause(penalty, said, "weight-decay")]
+__all__ = ["changed_afterwards", "clipping_causes", "gradient_causes", "other_count",
+           "other_length", "other_order", "settings", "since", "skipped", "stepped",
+           "update_causes"]  # fmt: skip
 
 
-def clipping_causes(x: Line, y: Line, rounding: bool) -> list[Cause]:
-    """The backward passes gave the same: what was done to it before the step?"""
-    norms = total(x["used"]), total(y["used"])
-    said = f"the norm of all gradients at the step is {norms[0]:.4g} in A, {norms[1]:.4g} in B"
-    causes: list[Cause] = []
-    for name, line, other in (("A", x, y), ("B", y, x)):
-        between = line["between"]
-        if between.get("same"):
-            continue
-        largest = {t["max"] for t in line["used"].values()}
-        beyond = sum(t["max"] > max(largest) for t in line["fresh"].values())
-        tied = sum(t["max"] == max(largest) for t in line["used"].values())
-        if between.get("left_over", 0) > 0.99 and norms[0] != norms[1]:
-            left = f"what {name} has more is the gradient of the step before (cosine "
-            left += f"{between['left_over']:.3f}); {said}."
-            causes.insert(0, Cause(f"Left-over gradients: zero_grad is missing in {name}", left,
-                                   "zero-grad"))  # fmt: skip
-        elif between["cosine"] > 0.999999:
-            ratio = between["ratio"]
-            inverse = 1 / ratio
-            if inverse > 1.5 and near(inverse, round(inverse)):
-                divided = f"{name} steps with 1/{round(inverse)} of its gradients; {said}."
-                causes.append(Cause(f"The gradients are divided by {round(inverse)} in {name}",
-                                    divided, "accumulation"))  # fmt: skip
-            clipped = f"{name} shortened its gradients by {ratio:.4g}; {said}."
-            causes.append(Cause(f"The gradients' norm is clipped in {name}"
-                                f"{'' if other['between'].get('same') else ' to another length'}",
-                                clipped, "clipping"))  # fmt: skip
-        elif beyond and tied > 1:
-            cut = f"no value in {name} is beyond {max(largest):.4g}, and some were; {said}."
-            causes.append(Cause(f"The gradients' values are clipped in {name}", cut, "clipping"))
-        else:
-            other_cause = f"{name} changed direction and length of its gradients; {said}."
-            causes.append(
-                Cause(
-                    f"{name} changes its gradients before the step, such as their "
-                    "average over devices",
-                    other_cause,
-                    "batch-size-and-devices",
-                )
-            )
-    return causes or [Cause("Other gradients at the step", said + ".")]
+def other_order(x: Line, y: Line) -> Found:
+    """Two optimizers take turns, and not in the same order."""
+    first = [next(iter(step["groups"][0]["params"]), "?") for step in (x, y)]
+    said = f"step {x['step']:,} is that of {first[0]} and others in A, of {first[1]} in B."
+    cause = Cause("The optimizers step in another order, or another number of times", said, "steps")
+    return Found("steps", "which parameters step", [cause])
+
+
+def skipped(a: Run, b: Run, index: int, x: Line, y: Line) -> Found | None:
+    """Look whether the difference arose in steps that were not recorded."""
+    before = a.step(index - 1)["step"] if index else 0
+    if x["step"] - before <= 1:
+        return None
+    found = [weights_found(run, index) for run in (a, b)]
+    names = [n for n in differing(*found) if a.head["buffers"].get(n, True)]
+    if not names:
+        return None
+    said = f"steps {before + 1:,} to {x['step'] - 1:,} were not recorded; trace both again with "
+    said += f"first={before + 1} and without `every`."
+    cause = Cause("A difference in a step that was not recorded", said)
+    return Found("weights", names[0], [cause], len(names) - 1)
 
 
 def settings(a: Run, b: Run, index: int, x: Line, y: Line) -> Found | None:
-    """Compare the optimizers: class, groups of parameters, and their settings."""
+    """Compare the optimizers: class, and settings of each parameter; how they are grouped is free.
+
+    Only parameters count that differ after the step.
+    """
+    names = differing(x["weights"]["bits"], y["weights"]["bits"])
+    return _settings(a, b, index, x, y, names)
+
+
+def _settings(a: Run, b: Run, index: int, x: Line, y: Line, names: list[str]) -> Found | None:
     if x["optimizer"] != y["optimizer"]:
         said = f"{x['optimizer']} in A, {y['optimizer']} in B."
         return Found("update", "the optimizer", [Cause("Another optimizer", said, "optimizer")])
-    ours, theirs = ([g["params"] for g in line["groups"]] for line in (x, y))
-    if sorted(map(sorted, ours)) != sorted(map(sorted, theirs)):
-        return _other_groups(ours, theirs)
-    for one in x["groups"]:
-        other = next(g for g in y["groups"] if sorted(g["params"]) == sorted(one["params"]))
-        keys = [k for k in one if k not in NOT_SETTINGS and one[k] != other.get(k)]
+    ours, theirs = ({n: g for g in step["groups"] for n in g["params"]} for step in (x, y))
+    for who, held, other in (("B", ours, theirs), ("A", theirs, ours)):
+        if only := [n for n in names if n in held and n not in other]:
+            said = f"{len(only)} parameters, first {only[0]}, are not in {who}'s optimizer."
+            cause = Cause("Parameters that the optimizer was not given", said, "parameter-groups")
+            return Found("update", only[0], [cause], len(only) - 1)
+    for name in [n for n in names if n in ours]:
+        one, other = ours[name], theirs[name]
+        keys = [k for k in one if k not in NOT_SETTINGS and k in other and one[k] != other[k]]
         for key in sorted(keys, key=lambda k: k != "lr"):
-            where = f"{key} of {one['params'][0]}"
-            values = [f"{v:.6g}" if isinstance(v, float) else v for v in (one[key], other.get(key))]
-            said = f"{key} is {values[0]} in A, {values[1]} in B, in step {x['step']}."
+            said = f"{key} is {_number(one[key])} in A, {_number(other[key])} in B, in step "
+            said += f"{x['step']}."
+            counts = [sorted(len(g["params"]) for g in step["groups"]) for step in (x, y)]
+            if counts[0] != counts[1]:
+                said += f" A has groups of {counts[0]} parameters, B of {counts[1]}."
+                cause = Cause("Other groups of parameters", said, "parameter-groups")
+                return Found("update", "the parameter groups", [cause])
             if key == "lr":
-                causes = _rate_causes(a, b, index, said)
+                causes = _rate_causes(a, b, index, x, said)
             elif key == "weight_decay":
                 causes = [Cause("Another weight decay", said, "weight-decay")]
             else:
                 causes = [Cause(f"Another setting of the optimizer: {key}", said, "optimizer")]
-            return Found("update", where, causes)
+            return Found("update", f"{key} of {name}", causes)
     return None
 
 
-def _other_groups(ours: list[list[str]], theirs: list[list[str]]) -> Found:
-    given = [{name for group in groups for name in group} for groups in (ours, theirs)]
-    if only := sorted(given[0] ^ given[1]):
-        missing = "B" if only[0] in given[0] else "A"
-        said = f"{len(only)} parameters, first {only[0]}, are not in {missing}'s optimizer."
-        cause = Cause("Parameters that the optimizer was not given", said, "parameter-groups")
-        return Found("update", only[0], [cause], len(only) - 1)
-    said = f"A has groups of {[len(g) for g in ours]} parameters, B of {[len(g) for g in theirs]}."
-    cause = Cause("Other groups of parameters", said, "parameter-groups")
-    return Found("update", "the parameter groups", [cause])
+def _number(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def _rate_causes(a: Run, b: Run, index: int, said: str) -> list[Cause]:
+def since(a: Run, b: Run, index: int, found: Found) -> tuple[Found, int]:
+    """Return a difference as the first step shows it: a setting may differ before weights do."""
+    step = a.step(index)["step"]
+    if found.stage != "update" or found.size is not None or " of " not in found.what:
+        return found, step
+    names = differing(*(run.step(index)["weights"]["bits"] for run in (a, b)))
+    while index:
+        index -= 1
+        x, y = a.step(index), b.step(index)
+        earlier = _settings(a, b, index, x, y, names) if stepped(x) & set(names) else None
+        if earlier is None or earlier.what != found.what:
+            break
+        found, step = earlier, x["step"]
+    return found, step
+
+
+def _rate_causes(a: Run, b: Run, index: int, x: Line, said: str) -> list[Cause]:
     """Tell a schedule from another learning rate by how both go on."""
-    rates = [[line["groups"][0]["lr"] for line in run.every_step()] for run in (a, b)]
-    changes = [len(set(r)) - 1 for r in rates]
+    wanted = stepped(x)
+    rates = [[line["groups"][0]["lr"] for line in run.every_step() if stepped(line) & wanted]
+             for run in (a, b)]  # fmt: skip
+    index = sum(bool(stepped(a.step(n)) & wanted) for n in range(index))
+    changes = [sum(p != q for p, q in itertools.pairwise(r)) for r in rates]
     if not any(changes):
         return [Cause("Another learning rate", said, "learning-rate")]
     ours, theirs = rates
@@ -139,62 +130,96 @@ def _rate_causes(a: Run, b: Run, index: int, said: str) -> list[Cause]:
 def update_causes(
     a: Run, b: Run, index: int, x: Line, y: Line, rounding: bool
 ) -> list[Cause]:  # fmt: skip
-    """Gradients and settings are equal, and yet the weights differ, or the optimizer's state."""
-    anew = [_made_anew(line) if index else "" for line in (x, y)]
+    """Gradients and settings are equal, and yet the weights differ."""
+    anew = [_made_anew(run, index) for run in (a, b)]
     if bool(anew[0]) != bool(anew[1]):
         who = "A" if anew[0] else "B"
         said = f"its state begins again with step {x['step']}: {anew[0] or anew[1]}."
         return [Cause(f"The optimizer was made anew in {who}, and lost its state", said,
                       "optimizer")]  # fmt: skip
+    if x["tied"] != y["tied"]:
+        said = f"{len(x['tied'])} names are tied to another in A, {len(y['tied'])} in B."
+        return [Cause("Weights are tied on one side, and not on the other", said, "layer")]
     kinds = [{k: g.get(k) for g in line["groups"] for k in ("foreach", "fused")}
              for line in (x, y)]  # fmt: skip
     if rounding and kinds[0] != kinds[1]:
         said = f"{kinds[0]} in A, {kinds[1]} in B."
         return [Cause("Another implementation of the same step", said, "optimizer")]
     if rounding:
-        return rounding_causes(a, b, x["batches"][0], y["batches"][0])
+        passes = (training(step)[:1] for step in (x, y))
+        return rounding_causes(a, b, *(side[0] if side else None for side in passes))
+    names = differing(x["weights"]["bits"], y["weights"]["bits"])
+    if outside := [n for n in names if n not in stepped(x) and n not in stepped(y)]:
+        said = f"{outside[0]} changed, but no optimizer that stepped here holds it."
+        return [Cause("Weights were changed within the step", said, "optimizer")]
     said = "gradients and settings are equal, and the optimizer's state before it was."
     return [Cause("Another formula of the step, or weights changed within it", said, "optimizer")]
 
 
-def _made_anew(line: Line) -> str:
-    """Return a part of the optimizer's state that is that of a first step, if there is one."""
-    for key, tensor in line["state"].items():
-        name, what = key.split(": ")
-        # Adam counts its steps; SGD's momentum begins as the gradient itself.
-        if what == "step" and tensor["sum"] == 1:
-            return key
-        gradient = line["used"].get(name, {})
-        if what == "momentum_buffer" and tensor["bits"] == gradient.get("bits"):
-            return key
-    return ""
+def _made_anew(run: Run, index: int) -> str:
+    """Say by what an optimizer is a new one in a step, after another one held its parameters."""
+    if not index:
+        return ""
+    step = run.step(index)
+    held = stepped(step)
+    before = [run.step(n) for n in range(index)]
+    owners = [line["which"] for line in before if stepped(line) & held]
+    if not owners:
+        return ""
+    if step["which"] not in owners:
+        state = f", its state that of a first step ({step['begins']})" if step["begins"] else ""
+        again = " A second fit begins here." if before[-1]["step"] in run.again else ""
+        return f"it is another object than before{state}.{again}".rstrip(".")
+    return step["begins"]
 
 
-def other_count(x: Line, y: Line) -> Found:
-    counts = len(x["batches"]), len(y["batches"])
+def other_count(a: Run, b: Run, index: int, x: Line, y: Line) -> Found | None:
+    counts = [len(side) for side in paired(x, y)]
+    if counts[0] == counts[1]:
+        return None
     what = f"{counts[0]} batches in A before the step, {counts[1]} in B"
     if not all(counts):
         who = "A" if not counts[0] else "B"
-        said = f"step {x['step']} of {who} came without a forward pass."
+        said = f"step {x['step']} of {who} came without a forward pass that was seen."
+        if not index and not any(training(run.step(n)) for run in (a, b) if run.name == who
+                                 for n in range(len(run.steps))):  # fmt: skip
+            return None  # none was seen in the whole run
         return Found("steps", what, [Cause("optimizer.step() is called twice", said, "steps")])
     said = f"{what}; they are equal as far as they go."
     cause = Cause("Gradients of several batches are accumulated on one side", said, "accumulation")
     return Found("steps", what, [cause])
 
 
-def other_length(a: Run, b: Run) -> Found:
-    counts = a.end["end"], b.end["end"]
+def other_length(a: Run, b: Run, counts: list[int]) -> Found:
     shorter, other = (a, b) if counts[0] < counts[1] else (b, a)
     if error := shorter.end["error"]:
         cause = Cause(f"{shorter.name} was ended by an error", error)
     else:
-        sizes = [[len(r["rows"]) for r in run.step(-1)["batches"]] for run in (a, b)]
+        sizes = [[len(r.get("rows", [])) for r in training(run.step(len(run.steps) - 1))]
+                 for run in (a, b)]  # fmt: skip
         said = f"{counts[0]:,} steps in A, {counts[1]:,} in B; their last batches have "
         said += f"{sizes[0]} and {sizes[1]} samples. All steps that both made are equal."
-        last = other.step(-1)["batches"]
-        if not last:
+        last = training(other.step(len(other.steps) - 1))
+        if not last and sizes[0] != sizes[1]:
             cause = Cause("optimizer.step() is called once more", said, "steps")
         else:
             cause = Cause("More epochs or batches on one side: max_epochs, limit, drop_last, "
                           "early stopping", said, "steps")  # fmt: skip
     return Found("steps", f"{counts[0]:,} in A, {counts[1]:,} in B", [cause])
+
+
+def changed_afterwards(a: Run, b: Run, names: list[str]) -> list[Cause]:
+    """Say what may have changed weights after the last step."""
+    said = "all steps are equal, and the weights at the end are not."
+    if all(name in a.head["buffers"] for name in names):
+        said += " Only buffers differ."
+        return [Cause("A forward pass in train mode after the last step", said, "train-and-eval")]
+    for run in (a, b):
+        last = {n: v["bits"] for n, v in run.end["weights"].items()}
+        for line in run.every_step():
+            if names and all(not differ(last.get(n, "?"), line["weights"]["bits"].get(n, "?"))
+                             and n in last for n in names):  # fmt: skip
+                said += f" {run.name}'s are those after its step {line['step']:,} again."
+                break
+    return [Cause("Weights were loaded after the last step, such as the best checkpoint's", said,
+                  "best-or-last")]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the command says when it ends early: one sentence."""
+"""What the command says: where its help is, and one sentence when it ends early."""
 
 import argparse
 import contextlib
@@ -6,9 +6,19 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
+# Where the pages are that explain a cause. Where they are published, HOME is the address before
+# `docs/`; all links of the package follow it.
+HOME = ""
+PAGES = f"{HOME}docs/pitfalls.md"
+SAMENESS = f"{HOME}docs/sameness.md"
+DOCTOR = f"{HOME}docs/doctor.md"
+
 
 class BadInput(Exception):
     """Something that the user can mend; the text says in one sentence what, and what to do."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text.replace("\n", " ")))
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,11 +37,18 @@ def clear_messages() -> Iterator[None]:
         _leave(f"error: {error}", status=2)
     except OSError as error:
         _leave(f"error: the system refused: {error}.", status=2)
+    except MemoryError:
+        _leave("error: the traces do not fit into memory; trace fewer steps: every=10.", status=2)
     except KeyboardInterrupt:
         _leave("\nStopped by Ctrl-C.", status=130)
 
 
+def printable(text: str) -> str:
+    """Replace what would steer a terminal: a trace may come from somebody else."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _leave(sentence: str, status: int) -> NoReturn:
     sys.stdout.flush()
-    print(sentence, file=sys.stderr)
+    print("\n" * sentence.startswith("\n") + printable(sentence.strip()), file=sys.stderr)
     raise SystemExit(status) from None

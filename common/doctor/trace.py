@@ -4,35 +4,38 @@
         train(net, ...)          # any code: a loop by hand, trainer.fit, a stranger's
 
 Nothing in that code changes, and it reaches the same bits with the trace as without it: the hooks
-only read, and draw no random number. `samebits a.trace b.trace` holds two such files against each
-other.
+only read, draw no random number, and what goes wrong in them is noted and ends nothing.
+`samebits a.trace b.trace` holds two such files against each other.
 
-A trace is JSON, one line for each optimizer step, compressed by gzip. What costs is that all
-tensors of a step are read once more: docs/doctor.md has the measurement. `every=10` records the
-steps 1, 11, 21 ... alone, `first=90` those from 90 on.
+A trace is JSON, one line for each optimizer step, compressed by gzip. `every=10` records the steps
+1, 11, 21 ... alone, `first=90` those from 90 on. The first step that is recorded is written in
+full; of later ones digests, and the numbers of all tensors of a stage together. `full=(7, 8)` has
+those in full, too. docs/doctor.md has what it costs.
 """
 
 import functools
-import gzip
-import hashlib
-import json
-import platform
-import random
-import sys
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._pytree import tree_leaves
 
-from .files import FORMAT
-from .fingerprints import between, digest, excerpt, fingerprint, raw_bytes, rows
+from .bystander import Hooks, bystander, is_recomputing
+from .environment import environment, process, random_states, torch_state
+from .files import FORMAT, Writer
+from .fingerprints import bits, digest, excerpt, is_batch, not_seen, rows, seen
+from .layout import Layout
 from .messages import BadInput
+from .record import Gradients, Weights, step_line
+from .rounding import nudge as nudge_weights
+from .walk import Unseen, leaves, positional
+from .zoom import Operators
+
+MANY = 8  # forward passes without gradients before a step that are recorded; more are counted
+VALUES, SOME = 4096, 96  # of an output and of its gradient, in a step in full, and in others
 
 
 class Trace:
@@ -40,16 +43,21 @@ class Trace:
 
     `model` is the network whose forward pass takes the batch. `optimizer` is only needed where
     several optimizers hold its parameters and one of them is meant; the Trainer makes its own
-    within fit, and it is found. `path` is written when the block ends, also by an error. `every`
-    is the distance between two recorded steps, `first` the first one that is recorded.
+    within fit, and it is found. `path` is written when the block ends, also by an error; several
+    processes write a file each, with the rank in its name. `every` is the distance between two
+    recorded steps, `first` the first one that is recorded, `full` those that are written in full
+    beside it. `zoom` is a step of which each operator is recorded, for `samebits --zoom`.
+    `nudge` moves all weights by one unit in the last place when the block begins, for `samebits
+    --nudged`: such a run is no longer the same. Entered a second time, it goes on in the same file.
 
-    Raises BadInput where model is no module with parameters, every is no positive number, or no
-    file can be written at path.
+    Raises BadInput where model is no module with parameters, every, first or full are no positive
+    numbers, or no file can be written at path. Once the block has begun, it raises nothing.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | None = None, *, path: Path | str,
-        every: int = 1, first: int = 1,
+        every: int = 1, first: int = 1, full: Collection[int] = (), zoom: int = 0,
+        nudge: bool = False,
     ) -> None:  # fmt: skip
         if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
             raise BadInput(
@@ -60,296 +68,297 @@ class Trace:
             raise BadInput(f"every is {every!r}, but it is a distance between steps: 1, 2, 3 ...")
         if not isinstance(first, int) or first < 1:
             raise BadInput(f"first is {first!r}, but it is the number of a step: 1, 2, 3 ...")
+        if not isinstance(full, Collection) or not all(isinstance(n, int) and n > 0 for n in full):
+            raise BadInput(f"full is {full!r}, but it holds numbers of steps: (7, 8).")
+        if not isinstance(zoom, int) or zoom < 0:
+            raise BadInput(f"zoom is {zoom!r}, but it is the number of a step: 5.")
         self.model, self.optimizer, self.every, self.first = model, optimizer, every, first
-        self.path = Path(path)
-        self.steps = self.depth = 0
-        self.batches: list[dict] = []  # the forward passes since the last step
+        self.nudge = nudge
+        self.full = frozenset(full) | ({zoom} - {0})
+        self.path = path_of_rank(Path(path), *process())
+        self.steps = self.clock = 0
+        self.operators = Operators(lambda: self.steps + 1 == zoom) if zoom else None
+        self.unseen: dict[str, str] = {}  # what could not be read, and why
+        self.failure = ""  # why the trace gave up
         self.evaluation: dict[str, Any] = _no_evaluation()
-        self.backward = 0
-        self.fresh: dict[str, Tensor] = {}  # what the backward passes since the last step gave
-        self.used: dict[str, Tensor] = {}  # what the last step used
-        self.after = ""  # the bits of the weights after the last step
-        self.hooked: set[int] = set()
-        self.handles: list[Any] = []
+        self.passes: list[dict] = []  # the forward passes since the last step
+        self.backwards: list[dict] = []
+        self.optimizers: list[Any] = []  # weak references, in the order of their first steps
+        self.hooks: Hooks | None = None
+        self.writer: Writer | None = None
+        self._begin_step()
 
     def __enter__(self) -> "Trace":
-        self.temporary = self.path.with_name(f"{self.path.name}.part")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            raw = self.temporary.open("wb")
-        except OSError as error:
-            raise BadInput(
-                f"no trace can be written to '{self.path}': {error.strerror}; name another path."
-            ) from error
-        # Without a name and a time in it: traces of the same content are the same file.
-        self.raw, self.file = raw, gzip.GzipFile("", "wb", 5, raw, 0)
-        self.names = {module: name for name, module in self.model.named_modules()}
-        carriers = [m for m in self.names if any(True for _ in m.parameters())]
-        for module in self.names:
-            # Before all other hooks, and after them: what the layer was given, and what it gave.
-            begin = functools.partial(self._begin, carries=module in carriers)
-            self.handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-            self.handles.append(module.register_forward_hook(self._end, always_call=True))
-        self.handles.append(register_optimizer_step_post_hook(self._step))
-        self.after = self._state()
-        self._write(
-            {
-                "trace": FORMAT,
-                "every": self.every,
-                "first": self.first,
-                "modules": {name: _describe(module) for module, name in self.names.items()},
-                "environment": _environment(next(self.model.parameters())),
-                "start": self._weights(),
-            }
-        )
+        self.writer = self.writer or Writer(self.path)
+        again = self.writer.open()
+        self.stack: list[int] = []  # the modules whose forward pass goes on
+        self.current: dict | None = None  # what is recorded of it
+        self.last: tuple = (None, 0, "")
+        self.layout = Layout(self.model)
+        self.weights = Weights(self.layout)
+        self.gradients = Gradients()
+        if self.nudge and not again:
+            nudge_weights(self.model)
+            self.weights = Weights(self.layout)
+        if again:
+            self._write({"again": self.steps})
+        else:
+            self._write(self._head())
+        self.hooks = Hooks(self)
+        if self.operators is not None:
+            self.operators.__enter__()
         return self
+
+    def _head(self) -> dict[str, Any]:
+        rank, ranks = process()
+        return {
+            "trace": FORMAT,
+            "every": self.every,
+            "first": self.first,
+            "rank": rank,
+            "ranks": ranks,
+            "sharded": any(hasattr(p, "to_local") for p in self.layout.parameters.values()),
+            "modules": self.layout.describe(),
+            "buffers": self.layout.saved,
+            "trainable": [n for n, p in self.layout.parameters.items() if p.requires_grad],
+            "tied": self.layout.tied,
+            "environment": environment(next(iter(self.layout.parameters.values()))),
+            "start": {name: seen(value) for name, value in self.layout.tensors.items()},
+        }
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self.handles:
+        if self.hooks is None or self.writer is None:
             return  # closed before
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-        self._write(
-            {
-                "end": self.steps,
-                "error": None if kind is None else f"{kind.__name__}: {error}"[:200],
-                "weights": {} if self._state() == self.after else self._weights(),
-            }
-        )
-        self.file.close()
-        self.raw.close()
-        self.temporary.replace(self.path)
+        if self.operators is not None:
+            self.operators.__exit__(None, None, None)
+        self.hooks.remove()
+        self.hooks = None
+        self.gradients.forget()
+        try:
+            self.layout.look()
+            changed = self.weights.changed(self.layout.tensors)
+        except Exception as problem:
+            self.note("weights at the end", problem)
+            changed = {}
+        end = {
+            "end": self.steps,
+            "error": None if kind is None else f"{kind.__name__}: {error}"[:200],
+            "weights": changed,
+            "unseen": self.unseen,
+        }
+        self.failure = self.failure or self.writer.close(end)
+        if self.failure:
+            self.writer.give_up(f"{self.failure}; the training itself went on")
 
-    # A network that is copied or saved within the block takes its hooks with it: those of a copy
-    # change nothing, because the trace does not know it; those of a saved one do nothing.
+    # A network that is copied or saved within the block takes nothing of the trace with it.
 
-    def __deepcopy__(self, memo: dict) -> "Trace":
-        return self
-
-    def __reduce__(self) -> tuple:
-        return (_Silent, ())
+    def note(self, where: str, error: Exception) -> None:
+        """Keep what could not be seen; a few of them say it all."""
+        if len(self.unseen) < 20:
+            self.unseen.setdefault(where, not_seen(error)[1:])
 
     # The forward pass.
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: Any, carries: bool) -> None:
+    @bystander
+    def before(self, module: nn.Module, args: Any) -> None:
         """Before a module's forward pass; the outermost with parameters is that of the batch."""
-        if module not in self.names:
-            return  # a copy, such as a moving average
-        if self.depth:
-            self.depth += 1  # a layer of it
-        if self.depth or not carries:
+        if self.idle:
             return
-        self.depth = 1
-        self.layers: dict[str, dict] = {}
-        if not self._is_due():
+        module = self.layout.original(module)
+        if self.stack:
+            if self.layout.inner(module) is not None:
+                self.stack.append(id(module))
             return
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if not torch.is_grad_enabled():
-            self._evaluated(inputs)
+        if not self.layout.carries(module):
             return
-        self._hook_parameters()
-        state = self._state()
-        self.batches.append(
-            {
-                "inputs": [fingerprint(x) for x in inputs],
-                "rows": rows(inputs),
-                "excerpt": excerpt(inputs),
-                "mode": "".join(str(int(m.training)) for m in self.names),
-                # All weights again only where somebody changed them since the last step.
-                "changed": {} if state == self.after else self._weights(),
-                "random": _random_states(),
-                "threads": torch.get_num_threads(),
-                "evaluation": self.evaluation,
-                "layers": self.layers,
-            }
-        )
-        self.after, self.evaluation = state, _no_evaluation()
+        self.stack, self.current = [id(module)], None
+        self.current = self._begin_pass(module, args)
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After a module's forward pass."""
-        if not self.depth or module not in self.names:
-            return
-        self.depth -= 1
-        if not self._is_due() or not torch.is_grad_enabled() or output is None:
-            return
-        tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
-        if self.depth:
-            name = self.names[module]
-            calls = sum(layer.split(" ")[0] == name for layer in self.layers)
-            name += f" (call {calls + 1})" if calls else ""
-            self.layers[name] = fingerprint(tensors[0]) if tensors else {}
-            return
-        batch = self.batches[-1]
-        batch["outputs"], batch["loss"] = [fingerprint(x) for x in tensors], {}
-        for place, tensor in enumerate(tensors):
-            if tensor.requires_grad:
-                tensor.register_hook(functools.partial(self._loss, batch, place))
+    def _begin_pass(self, module: nn.Module, args: tuple) -> dict | None:
+        kind = "train" if torch.is_grad_enabled() else "no_grad"
+        kind = "recompute" if is_recomputing() else kind
+        if kind == "no_grad":
+            self.evaluation["batches"] += 1
+            self.evaluation["mode"] = self.layout.mode()
+            if self.evaluation["batches"] > MANY:
+                return {"kind": "counted", "moved": {}}
+        self.clock += 1
+        record: dict[str, Any] = {
+            "module": self.layout.name(module), "kind": kind, "begin": self.clock, "inputs": {},
+            "outputs": {}, "layers": {}, "loss": {}, "moved": {}, "changed": {}, "unseen": [],
+            "mode": self.layout.mode(), "random": {}, "evaluation": _no_evaluation(), "values": {},
+            "loss values": {},
+        }  # fmt: skip
+        self.passes.append(record)
+        self._inputs(record, positional(module, args))
+        if kind == "train":
+            self.layout.look()
+            self.gradients.watch(self, self.layout.parameters)
+            record["changed"] = self.weights.changed(self.layout.tensors)
+            record["random"] = random_states()
+            record["threads"] = torch.get_num_threads()
+            record["evaluation"], self.evaluation = self.evaluation, _no_evaluation()
+        else:
+            record["random"] = {"torch": torch_state()}
+        return record
 
-    def _loss(self, batch: dict, place: int, gradient: Tensor) -> None:
-        """The loss's gradient with respect to an output: all that the backward pass is told."""
-        batch["loss"][f"output {place + 1}"] = fingerprint(gradient)
-        batch["loss_rows"], batch["loss_excerpt"] = rows([gradient]), excerpt([gradient])
+    def _inputs(self, record: dict, arguments: dict[str, Any]) -> None:
+        """Record the arguments; of the first batch of tensors also each sample."""
+        for path, leaf in (p for n, v in arguments.items() for p in leaves(v, n).items()):
+            if isinstance(leaf, Unseen):
+                record["unseen"].append(path + " of the input")
+            elif not isinstance(leaf, Tensor):
+                record["inputs"][path] = {"value": repr(leaf)[:80]}
+            elif record["kind"] != "train":
+                record["inputs"][path] = {"bits": bits(leaf)}
+            else:
+                record["inputs"][path] = seen(leaf) | {"attached": leaf.requires_grad}
+                if "rows" not in record and is_batch(leaf):
+                    try:
+                        record["sample"] = excerpt(leaf[:1].reshape(1, -1), SOME)
+                        record["rows"] = rows(leaf)
+                    except Exception as error:
+                        self.note("samples of a batch", error)
 
-    def _evaluated(self, inputs: list[Tensor]) -> None:
-        """Count a forward pass without gradients, as in a validation."""
-        seen = self.evaluation
-        seen["batches"] += 1
-        seen["mode"] = "".join(str(int(m.training)) for m in self.names)
-        seen["rows"] = digest((seen["rows"] + "".join(rows(inputs))).encode())
+    @bystander
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        """After a module's forward pass; without `output` where it failed."""
+        if not self.stack:
+            return
+        module = self.layout.original(module)
+        if id(module) not in self.stack:
+            return
+        while self.stack.pop() != id(module):
+            pass
+        record = self.current
+        if record is None:
+            return
+        if self.stack:
+            is_read = self.is_full(self.steps + 1) or id(module) not in self.layout.plain
+            if record["kind"] in ("train", "recompute") and is_read:
+                self._layer(record, module, output)
+            return
+        self.current = None
+        record["moved"] = self.weights.moved(self.layout)
+        if record["kind"] == "counted":
+            self.evaluation["moved"] |= record["moved"]
+            return
+        self._inputs(record, kwargs if isinstance(kwargs, dict) else {})  # none where it failed
+        record["draws"] = record["random"]["torch"] != torch_state()
+        self._outputs(record, output)
+
+    def _layer(self, record: dict, module: nn.Module, output: Any) -> None:
+        found = leaves(output)
+        parts = [self._bits(x) if isinstance(x, Tensor) else "?" + type(output).__name__
+                 for x in found.values() if isinstance(x, Tensor | Unseen)]  # fmt: skip
+        if not parts:
+            return  # it failed, or a recomputation had all that it needed
+        name = str(self.layout.name(module))
+        calls = record.setdefault("calls", {})
+        calls[name] = calls.get(name, 0) + 1
+        name += f" (call {calls[name]})" if calls[name] > 1 else ""
+        joined = next((p for p in parts if p[0] == "?"), "") or digest("".join(parts).encode())
+        record["layers"][name] = parts[0] if len(parts) == 1 else joined
+
+    def _bits(self, tensor: Tensor) -> str:
+        """Digest a tensor; a container gives what its last part gave, which is not read again."""
+        version = -1 if tensor.is_inference() else tensor._version
+        if self.last[0] is not tensor or self.last[1] != version:
+            self.last = (tensor, version, bits(tensor))
+        return self.last[2]
+
+    def _outputs(self, record: dict, output: Any) -> None:
+        values = record["values"] = {}
+        for path, leaf in leaves(output).items():
+            if isinstance(leaf, Unseen):
+                record["unseen"].append(f"output {path}".strip())
+            elif not isinstance(leaf, Tensor):
+                continue
+            elif record["kind"] != "train":
+                record["outputs"][path] = {"bits": self._bits(leaf)}
+            else:
+                record["outputs"][path] = seen(leaf)
+                if leaf.requires_grad:
+                    leaf.register_hook(functools.partial(self.output_gradient, record, path))
+                    values[path] = excerpt(leaf, self.limit(self.steps + 1))
+        self.last = (None, 0, "")
 
     # The backward pass.
 
-    def _hook_parameters(self) -> None:
-        """Watch the gradients of all parameters; also of those that were frozen before."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and id(parameter) not in self.hooked:
-                self.hooked.add(id(parameter))
-                hook = functools.partial(self._gradient, name)
-                self.handles.append(parameter.register_hook(hook))
+    @bystander
+    def backward(self, losses: list[Tensor]) -> None:
+        """Before `loss.backward()`."""
+        if not self.idle:
+            self.clock += 1
+            values = [float(x.detach()) if x.numel() == 1 else None for x in losses]
+            self.backwards.append({"at": self.clock, "loss": values})
 
-    def _gradient(self, name: str, gradient: Tensor) -> None:
-        """Add up what the backward passes give, as they give it: before anything is done to it."""
-        if not self._is_due():
-            return
-        gradient = gradient.detach()
-        if name in self.fresh:
-            self.fresh[name] = self.fresh[name] + gradient
-        else:
-            self.fresh[name] = gradient.clone()
+    @bystander
+    def output_gradient(self, record: dict, path: str, gradient: Tensor) -> None:
+        """The loss's gradient with respect to an output; several backward passes add up."""
+        if not any(record is one for one in self.passes):
+            return  # of a step that is written already
+        self.clock += 1
+        record["loss at"] = self.clock
+        before = record["loss"].get(path)
+        record["loss"][path] = gradient.detach() if before is None else before + gradient.detach()
+        record["arrivals"] = record.get("arrivals", 0) + 1
+
+    @bystander
+    def gradient(self, name: str, key: int, gradient: Tensor) -> None:
+        """The gradient of a parameter, before it is added to `.grad`."""
+        if not self.idle:
+            self.gradients.add(name, self.gradients.hooked[key][1], gradient.detach())
 
     # The step.
 
-    def _step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    @bystander
+    def stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """After an optimizer's step: the gradients that it used are still there."""
         if optimizer is not (self.optimizer or optimizer):
             return
-        named = {id(p): name for name, p in self.model.named_parameters()}
-        groups = [
-            [named.get(id(p), "a parameter from elsewhere") for p in group["params"]]
-            for group in optimizer.param_groups
-        ]
-        if not any(id(p) in named for group in optimizer.param_groups for p in group["params"]):
+        self.layout.look()
+        ids = self.layout.ids
+        if not any(id(p) in ids for group in optimizer.param_groups for p in group["params"]):
             return
-        due = self._is_due()
+        is_due = not self.idle
         self.steps += 1
-        if due:
-            self._record(optimizer, groups)
-        self.batches, self.fresh = [], {}
+        self.stack, self.current = [], None
+        try:
+            if is_due:
+                self._write(step_line(self, optimizer, self.is_full(self.steps)))
+        finally:
+            self._begin_step()
+            self.gradients.begin()
 
-    def _record(self, optimizer: Optimizer, groups: list[list[str]]) -> None:
-        used = {
-            name: p.grad.detach().clone()
-            for name, p in self.model.named_parameters()
-            if p.grad is not None
-        }
-        # A forward pass that no backward pass followed was an evaluation, whatever it looked like.
-        trained = [batch for batch in self.batches if batch.get("loss")] or self.batches
-        self.after = self._state()
-        self._write(
-            {
-                "step": self.steps,
-                "batches": trained,
-                "without_backward": len(self.batches) - len(trained),
-                "fresh": {name: fingerprint(g) for name, g in self.fresh.items()},
-                "used": {name: fingerprint(g) for name, g in used.items()},
-                "between": between(self.fresh, used, self.used),
-                "optimizer": type(optimizer).__name__,
-                "groups": [
-                    {"params": names} | {k: _plain(v) for k, v in group.items() if k != "params"}
-                    for names, group in zip(groups, optimizer.param_groups, strict=True)
-                ],
-                "weights": self._weights(),
-                "state": self._optimizer_state(optimizer),
-            }
-        )
-        self.used = used
+    def _begin_step(self) -> None:
+        self.idle = not self._is_due()  # the step that comes is not recorded
+        self.passes, self.backwards = [], []
+        self.evaluation = _no_evaluation()
 
     def _is_due(self) -> bool:
         """Tell whether the step that comes is recorded."""
         later = self.steps + 1 - self.first
         return later >= 0 and later % self.every == 0
 
-    def _weights(self) -> dict[str, dict]:
-        """Fingerprint all parameters, and buffers such as BatchNorm's running averages."""
-        return {name: fingerprint(value) for name, value in _tensors(self.model).items()}
+    def is_full(self, step: int) -> bool:
+        """Tell whether a step is written in full: the first one, and those that were asked for."""
+        return step == self.first or step in self.full
 
-    def _state(self) -> str:
-        """Return one digest of all parameters and buffers."""
-        digest = hashlib.sha256()
-        for value in _tensors(self.model).values():
-            digest.update(raw_bytes(value))
-        return digest.hexdigest()[:16]
-
-    def _optimizer_state(self, optimizer: Optimizer) -> dict[str, dict]:
-        named = {id(p): name for name, p in self.model.named_parameters()}
-        return {
-            f"{named.get(id(p), '?')}: {key}": fingerprint(value)
-            for p, state in optimizer.state.items()
-            for key, value in state.items()
-            if isinstance(value, Tensor)
-        }
+    def limit(self, step: int) -> int:
+        return VALUES if self.is_full(step) else SOME
 
     def _write(self, line: dict[str, Any]) -> None:
-        self.file.write((json.dumps(line) + "\n").encode())
+        if self.writer is not None and not self.failure:
+            self.failure = self.writer.write(line)
 
 
-class _Silent:
-    """What a saved network has in place of the trace."""
-
-    def _begin(self, *args: Any, **kwargs: Any) -> None: ...
-    def _end(self, *args: Any) -> None: ...
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers, also those that the state_dict leaves out."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _random_states() -> dict[str, str]:
-    """Return digests of the states of the global random generators."""
-    state: Any = np.random.get_state()
-    states = {
-        "torch": digest(torch.get_rng_state().numpy().tobytes()),
-        "numpy": digest(state[1].tobytes() + bytes([state[2] % 256])),
-        "random": digest(np.array(random.getstate()[1]).tobytes()),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = digest(torch.cuda.get_rng_state().numpy().tobytes())
-    return states
-
-
-def _environment(parameter: Tensor) -> dict[str, Any]:
-    """Return what can change the last bit of a sum."""
-    modules = ("torch", "lightning", "pytorch_lightning", "numpy")
-    loaded = {name: sys.modules.get(name) for name in modules}
-    return {
-        "threads": torch.get_num_threads(),
-        "device": parameter.device.type,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "versions": {name: str(m.__version__) for name, m in loaded.items() if m is not None},
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "onednn": torch.backends.mkldnn.enabled,
-    }
-
-
-def _describe(module: nn.Module) -> str:
-    """Return class and settings of a module without those of its children."""
-    return f"{type(module).__name__}({module.extra_repr()})"
-
-
-def _plain(value: Any) -> Any:
-    """Return a setting of an optimizer as JSON has it."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, tuple | list):
-        return [_plain(x) for x in value]
-    return value if isinstance(value, bool | int | float | str | None) else str(value)
+def path_of_rank(path: Path, rank: int, ranks: int) -> Path:
+    """Return the path of one process's file: it.rank0.trace, where there are several."""
+    return path if ranks == 1 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
 def _no_evaluation() -> dict[str, Any]:
-    return {"batches": 0, "mode": "", "rows": ""}
+    return {"batches": 0, "mode": "", "moved": {}}

@@ -63,6 +63,7 @@ def trace(side: str, lesson: str, path: Path, first: int, last: int, argv: list[
     module = load(side, lesson)
     args = parse(module.Args, ROOT / side / f"{lesson}.py", argv)
     torch.set_num_threads(args.threads)
+    steps = range(first, last + 1)  # few, so each is recorded in full
     traces: list[samebits.Trace] = []
     inside: list[nn.Module] = []
 
@@ -73,7 +74,9 @@ def trace(side: str, lesson: str, path: Path, first: int, last: int, argv: list[
             is_new = not traces or network is not traces[0].model
             if not inside and is_new and torch.is_grad_enabled() and _parameters(network):
                 close()
-                traces.append(samebits.Trace(network, path=path, first=first).__enter__())
+                traces.append(
+                    samebits.Trace(network, path=path, first=first, full=steps).__enter__()
+                )
             inside.append(network)
             try:
                 return usual(network, *args, **kwargs)

@@ -1,0 +1,169 @@
+"""The causes of another batch: other samples, in another order, or with other values."""
+
+import math
+import sys
+
+import numpy as np
+
+from .evidence import Cause, size
+from .files import Line
+from .run import Run, training
+
+
+def batch_causes(
+    a: Run, b: Run, index: int, p: Line, q: Line, one: Line, other: Line
+) -> list[Cause]:
+    """Name the causes where the samples differ that a forward pass got."""
+    if one["shape"][1:] != other["shape"][1:]:
+        return _other_shape(one, other, p, q)
+    rows = [[r["rows"] for line in run.every_step() for r in _like(p, line)]
+            for run in (a, b)]  # fmt: skip
+    here = sum(len(_like(p, a.step(n))) for n in range(index))
+    here += sum(r["begin"] < p["begin"] for r in _like(p, a.step(index)))
+    mine, yours = p["rows"], q["rows"]
+    if len(mine) != len(yours):
+        return _other_batch_size(rows, here, mine, yours)
+    if sorted(mine) == sorted(yours):
+        said = f"all {len(mine)} samples are the same ones."
+        return [Cause("The same samples in another order within the batch", said, "order")]
+    seen = [{row for batch in run for row in batch} for run in rows]
+    common = sum(row in seen[1] for row in mine)
+    equal = sum(m == n for m, n in zip(mine, yours, strict=True))
+    # Of few different samples, as of single numbers, some meet by chance.
+    if common * 2 > len(mine) and equal * 2 < len(mine) and common > equal:
+        return _other_order(a, b, rows, here, mine, yours, common)
+    return _other_values(one, other, p, q, mine, yours, common)
+
+
+def _like(p: Line, step: Line) -> list[Line]:
+    """Return a step's passes through the same module: others get other samples."""
+    return [r for r in training(step) if "rows" in r and r["module"] == p["module"]]
+
+
+def _sample(record: Line) -> list[float]:
+    return [x for row in record["sample"]["rows"] for x in row]
+
+
+def _other_shape(one: Line, other: Line, p: Line, q: Line) -> list[Cause]:
+    said = f"a sample has the shape {one['shape'][1:]} in A and {other['shape'][1:]} in B"
+    ours, theirs = _sample(p), _sample(q)
+    short, long = sorted((ours, theirs), key=len)
+    who = "A" if len(ours) > len(theirs) else "B"
+    if len(one["shape"]) == len(other["shape"]) == 2 and 0 < len(short) < len(long):
+        for rest, kept in ((long[len(short) :], long[: len(short)]),
+                           (long[: -len(short)], long[-len(short) :])):  # fmt: skip
+            if kept == short and len(set(rest)) == 1:
+                more = f"{said}; {who} has {len(rest)} times {rest[0]:g} more."
+                return [Cause("The samples are padded to another length", more)]
+            if kept == short:
+                return [Cause("The samples are cut to another length", f"{said}.")]
+    if math.prod(one["shape"][1:]) == math.prod(other["shape"][1:]) and ours == theirs:
+        said += ", with the same values"
+    return [Cause("Samples of another shape", f"{said}.")]
+
+
+def _other_batch_size(rows: list, here: int, mine: list, yours: list) -> list[Cause]:
+    said = f"{len(mine)} samples in A, {len(yours)} in B."
+    if here and len(rows[0][here - 1]) == len(rows[1][here - 1]):
+        short = "A" if len(mine) < len(yours) else "B"
+        last = f"{said} The batches before were equally large; the short one is {short}'s."
+        cause = Cause("The last batch of an epoch is dropped on one side (drop_last)", last,
+                      "mean-of-means")  # fmt: skip
+        return [cause, Cause("Another batch size", said)]
+    whole = mine[: len(yours)] == yours[: len(mine)]
+    order = " The smaller batch is the larger one's beginning." if whole else ""
+    return [Cause("Another batch size", said + order, "batch-size-and-devices")]
+
+
+def _other_order(
+    a: Run, b: Run, rows: list, here: int, mine: list, yours: list, common: int
+) -> list[Cause]:
+    share = f"{common} of {len(mine)} samples of A's batch come in B at another place"
+    for run, own, other, name in ((rows[1], yours, rows[0], "B"), (rows[0], mine, rows[1], "A")):
+        if own in run[:here] and other[here] not in other[:here]:
+            said = f"{name}'s batch is that of its batch {run.index(own) + 1} again."
+            return [Cause(f"set_epoch is missing in {name}: every epoch has the same order", said,
+                          "set-epoch")]  # fmt: skip
+    for shift in (1, 2, 3, -1, -2, -3):
+        there = slice(max(here + shift, 0), here + shift + 2)
+        if rows[1][there] and rows[0][here : here + 2] == rows[1][there]:
+            ahead = "A is ahead" if shift > 0 else "B is ahead"
+            said = f"{ahead} by {abs(shift)}: A's batch {here + 1} is B's {here + 1 + shift}."
+            return [Cause("A batch was left out, or taken twice, on one side", said, "steps")]
+    drawn = _first_random_difference(a, b)
+    seed = Cause("Shuffled with another seed or generator, or not shuffled on one side",
+                 f"{share}.", "order")  # fmt: skip
+    if here == 0 or drawn > here + 1:
+        generator = Cause("A loader with a generator of its own", f"{share}, after "
+                          f"{here} equal batches.", "own-generator")  # fmt: skip
+        return [generator, seed] if here else [seed]
+    said = f"{share}; the random generators differ from step {drawn} on."
+    validation = Cause("A validation, or something else, drew random numbers on one side", said,
+                       "validation-and-order")  # fmt: skip
+    return [validation, seed]
+
+
+def _first_random_difference(a: Run, b: Run) -> int:
+    """Return the first step in which the random generators differ; a large number if none."""
+    for x, y in zip(a.every_step(), b.every_step(), strict=False):
+        for one, other in zip(training(x), training(y), strict=False):
+            if one["random"] != other["random"]:
+                return x["step"]
+    return sys.maxsize
+
+
+def _other_values(
+    one: Line, other: Line, p: Line, q: Line, mine: list, yours: list, common: int
+) -> list[Cause]:
+    equal = sum(m == n for m, n in zip(mine, yours, strict=True))
+    if one["dtype"] != other["dtype"]:
+        said = f"{one['dtype']} in A, {other['dtype']} in B."
+        return [Cause("Another type of number", said, "scaling")]
+    ours, theirs = _sample(p), _sample(q)
+    for first, second, who in ((ours, theirs, "B"), (theirs, ours, "A")):
+        if len(one["shape"]) == 2 and len(set(first)) > 3 and first[1:] == second[:-1]:
+            said = f"of the first sample, {who}'s values are those of the other from the second on."
+            return [Cause(f"The sequences are shifted by one in {who}", said)]
+    if said := _affine(ours, theirs, one["shape"]):
+        return [Cause("Another scaling or normalization", said, "scaling")]
+    close = [math.isclose(one.get(k, 0), other.get(k, 1), rel_tol=1e-6, abs_tol=1e-6)
+             for k in ("norm", "sum")]  # fmt: skip
+    if all(close):
+        said = f"sum and norm are equal, {len(mine) - equal} of {len(mine)} samples differ."
+        return [Cause("The same values in other places: flipped, turned, or channels exchanged",
+                      said, "augmentation")]  # fmt: skip
+    how_far = size(one, other)
+    if not equal and how_far is not None and how_far < 0.05:
+        said = f"no sample is the same, and all together they differ by {how_far:.1g} only."
+        return [Cause("The same samples with slightly other values: rounded, resized, or noisy",
+                      said, "augmentation")]  # fmt: skip
+    if equal:
+        said = f"{equal} of {len(mine)} samples are equal."
+        return [Cause("Some samples are changed on one side, as by an augmentation", said,
+                      "augmentation")]  # fmt: skip
+    said = f"{common} of {len(mine)} samples of A's batch come anywhere in B."
+    return [Cause("Other samples: another split or data set, or an augmentation", said, "split")]
+
+
+def _affine(ours: list[float], theirs: list[float], shape: list[int]) -> str:
+    """Say how B's values follow from A's by a factor and an offset, if they do; else ''."""
+    a, b = np.array(ours), np.array(theirs)
+    if len(a) != len(b) or len(a) < 4 or np.ptp(a) == 0:
+        return ""
+    channels = np.zeros(len(a), int)
+    if len(shape) == 4:  # those of an image may have a scaling of their own each
+        channels = np.linspace(0, math.prod(shape[1:]) - 1, len(a)).astype(int)
+        channels //= math.prod(shape[2:])
+    for groups, how in ((np.zeros(len(a), int), ""), (channels, " in the first channel")):
+        fits = []
+        for group in np.unique(groups):
+            x, y = a[groups == group], b[groups == group]
+            if len(x) < 4 or np.ptp(x) == 0:
+                return ""
+            factor, offset = np.polyfit(x, y, 1)
+            if np.abs(factor * x + offset - y).max() > 1e-4 * (np.ptp(y) + 1e-12):
+                break
+            fits.append((factor, offset))
+        else:
+            return f"B's values are {fits[0][0]:.4g} times A's, {fits[0][1]:+.4g}{how}."
+    return ""

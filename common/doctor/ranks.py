@@ -1,0 +1,67 @@
+"""Compare runs of several processes: a file for each rank, it.rank0.trace, it.rank1.trace ..."""
+
+import dataclasses
+from pathlib import Path
+
+from .diagnosis import Diagnosis, compare
+from .evidence import Cause, differing
+from .messages import BadInput
+from .run import load
+
+DRIFT = "Replicas drift apart: the processes do not average the same gradients"
+
+
+def of_ranks(path: Path | str) -> list[Path]:
+    """Return the file of a run, or the files of its ranks in their order."""
+    path = Path(path)
+    found = {p.stem.rpartition(".rank")[2]: p for p in path.parent.glob(f"{path.stem}.rank*")
+             if p.suffix == path.suffix}  # fmt: skip
+    numbers = sorted(int(number) for number in found if number.isdigit())
+    if path.exists() or not numbers:
+        return [path]
+    if numbers != list(range(len(numbers))):
+        missing = min(set(range(max(numbers))) - set(numbers))
+        raise BadInput(f"of '{path}' there is no trace of rank {missing}; trace all processes.")
+    return [found[str(number)] for number in numbers]
+
+
+def drift(paths: list[Path]) -> Cause | None:
+    """Hold the ranks of one run against each other: after each step all weights are the same."""
+    runs = [load(path, f"rank {n}") for n, path in enumerate(paths)]
+    if any(run.head.get("sharded") for run in runs):
+        return None  # each holds another part
+    first = runs[0]
+    trainable = set(first.head["trainable"])
+    for number, run in enumerate(runs[1:], start=1):
+        for index in range(min(len(run.steps), len(first.steps))):
+            x, y = first.step(index), run.step(index)
+            names = [n for n in differing(x["weights"]["bits"], y["weights"]["bits"])
+                     if n in trainable]  # fmt: skip
+            if names:
+                said = f"from step {x['step']:,} on, {names[0]} and {len(names) - 1} more are "
+                return Cause(DRIFT, f"{said}others in rank {number} than in rank 0.",
+                             "batch-size-and-devices")  # fmt: skip
+        if len(run.steps) != len(first.steps):
+            said = f"rank 0 made {len(first.steps)} steps, rank {number} {len(run.steps)}."
+            return Cause("The processes make another number of steps", said, "steps")
+    return None
+
+
+def compare_ranks(a: Path | str, b: Path | str, nudged: Path | str | None = None) -> Diagnosis:
+    """Compare two runs: within each, rank against rank; then each rank with the other run's.
+
+    Raises BadInput where a rank's trace is missing, or the runs have another number of them.
+    """
+    ours, theirs = of_ranks(a), of_ranks(b)
+    if len(ours) != len(theirs):
+        raise BadInput(f"A has {len(ours)} processes and B {len(theirs)}; trace both with as many.")
+    if len(ours) == 1:
+        return compare(ours[0], theirs[0], nudged)
+    remarks = []
+    for name, paths in (("A", ours), ("B", theirs)):
+        if cause := drift(paths):
+            remarks.append(f"Within {name}: {cause.name}: {cause.evidence}")
+    found = [compare(x, y) for x, y in zip(ours, theirs, strict=True)]
+    rank = min(range(len(found)), key=lambda n: (found[n].equal, found[n].step, n))
+    said = [f"{len(found)} processes; this is rank {rank}."]
+    return dataclasses.replace(found[rank], remarks=(*said, *remarks, *found[rank].remarks))

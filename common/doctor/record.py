@@ -1,0 +1,273 @@
+"""What a trace keeps between two steps, and the line that it writes of one."""
+
+import functools
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .fingerprints import Line, bits, dense, excerpt, seen, short, totals
+from .layout import Layout, plain_value
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors have the same bits."""
+    try:
+        if one.layout is torch.strided and one.shape == other.shape and one.dtype == other.dtype:
+            # What is not a number is not equal to itself; and only few tensors hold one.
+            return torch.equal(one, other) or bits(one) == bits(other)
+    except Exception:
+        pass
+    return bits(one) == bits(other)
+
+
+class Weights:
+    """Copies and digests of all parameters and buffers, as they were when last looked at."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.copies: dict[str, Tensor] = {}
+        self.bits: dict[str, str] = {}
+        for name, value in layout.tensors.items():
+            self._keep(name, value)
+
+    def _keep(self, name: str, value: Tensor) -> str:
+        self.bits[name] = bits(value)
+        copy = self.copies.get(name)
+        try:
+            if copy is not None and copy.shape == value.shape and not copy.is_inference():
+                copy.copy_(value.detach())
+            else:
+                self.copies[name] = value.detach().clone()
+        except Exception:
+            self.copies.pop(name, None)
+        return self.bits[name]
+
+    def _is_kept(self, name: str, value: Tensor) -> bool:
+        if name not in self.copies:
+            return bits(value) == self.bits.get(name)
+        return same(value, self.copies[name])
+
+    def changed(self, tensors: dict[str, Tensor]) -> Line:
+        """Return the fingerprints of those that somebody changed since, and keep them."""
+        found = {}
+        for name, value in tensors.items():
+            if not self._is_kept(name, value):
+                self._keep(name, value)
+                found[name] = seen(value)
+        return found
+
+    def moved(self, layout: Layout) -> dict[str, str]:
+        """Return the digests of the buffers that a forward pass changed."""
+        return {
+            name: self._keep(name, value)
+            for name, value in layout.held.items()
+            if not self._is_kept(name, value)
+        }
+
+    def after(self, layout: Layout, names: list[str]) -> Line:
+        """Return digests of all weights after a step of the parameters `names`, and their norms."""
+        tensors, stepped = layout.tensors, set(names)
+        for name, value in tensors.items():
+            if name in stepped or not self._is_kept(name, value):
+                self._keep(name, value)
+        line = totals(tensors[name] for name in names)
+        return {
+            "bits": {name: self.bits[name] for name in tensors},
+            "norm": line["norm"],
+            "sketch": line["sketch"],
+        }
+
+
+class Gradients:
+    """What the backward passes gave to each parameter since the last step."""
+
+    def __init__(self) -> None:
+        self.hooked: dict[int, Any] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        self.fresh: dict[str, Tensor] = {}
+        self.left: dict[str, Tensor] = {}  # what was in .grad before the first backward pass
+        self.cleared: set[str] = set()  # what was taken out of .grad between two of them
+
+    def watch(self, trace: Any, parameters: dict[str, Tensor]) -> None:
+        """Hook all parameters that get gradients; also those that were frozen before."""
+        for name, parameter in parameters.items():
+            if parameter.requires_grad and id(parameter) not in self.hooked:
+                hook = functools.partial(trace.gradient, name, id(parameter))
+                self.hooked[id(parameter)] = (parameter.register_hook(hook), parameter)
+
+    def forget(self) -> None:
+        for handle, _ in self.hooked.values():
+            handle.remove()
+        self.hooked = {}
+        self.begin()
+
+    def add(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
+        before = parameter.grad
+        is_empty = before is None or _is_zero(before)
+        if name in self.fresh:
+            self.fresh[name] = self.fresh[name] + gradient
+            if is_empty:
+                self.cleared.add(name)
+            return
+        if before is not None and not is_empty:
+            self.left[name] = before.detach().clone()
+        self.fresh[name] = gradient.clone()
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided:
+        return bool(tensor._nnz() == 0)
+    return not bool(tensor.any())
+
+
+def step_line(trace: Any, optimizer: Optimizer, is_full: bool) -> Line:
+    """Return what a trace writes of a step: the forward passes before it, gradients, weights."""
+    layout: Layout = trace.layout
+    ids, tensors = layout.ids, layout.tensors
+    groups = [
+        [ids[id(p)] for p in group["params"] if id(p) in ids] for group in optimizer.param_groups
+    ]
+    held = dict.fromkeys(name for names in groups for name in names)
+    names = list(held)
+    gradients = {n: tensors[n].grad for n in names}
+    used = {n: g.detach() for n, g in gradients.items() if g is not None}
+    fresh = {n: g for n, g in trace.gradients.fresh.items() if n in held}
+    unchanged = used.keys() == fresh.keys() and all(same(used[n], fresh[n]) for n in used)
+    changes: Line = {}
+    if not unchanged:
+        try:
+            changes = between(fresh, used, trace.gradients.left)
+            changes["cleared"] = sorted(trace.gradients.cleared & used.keys())[:20]
+        except Exception as error:
+            trace.note("gradients before the step", error)
+    numbers = trace.weights.after(layout, names)
+    foreign = sum(id(p) not in ids for g in optimizer.param_groups for p in g["params"])
+    line = {
+        "step": trace.steps,
+        "passes": [_finished(record, trace) for record in trace.passes],
+        "backwards": trace.backwards,
+        "evaluation": trace.evaluation,
+        "used": _stage(used, is_full),
+        "fresh": None if unchanged else _stage(fresh, is_full),
+        "between": changes,
+        "optimizer": type(optimizer).__name__,
+        "which": _number(trace.optimizers, optimizer),
+        "foreign": foreign,
+        "groups": [
+            {"params": names} | {k: plain_value(v) for k, v in group.items() if k != "params"}
+            for names, group in zip(groups, optimizer.param_groups, strict=True)
+        ],
+        "tied": layout.tied,
+        "weights": numbers,
+        "begins": _begins(optimizer, layout, used),
+    }
+    if is_full:
+        numbers["full"] = {name: seen(value) for name, value in tensors.items()}
+        line["state"] = _state(optimizer, layout)
+    if trace.operators is not None and trace.operators.found:
+        line["operators"], trace.operators.found = trace.operators.found, []
+    return line
+
+
+def _stage(tensors: dict[str, Tensor], is_full: bool) -> Line:
+    stage: Line = {"bits": {n: bits(t) for n, t in tensors.items()}} | totals(tensors.values())
+    if is_full:
+        stage["full"] = {name: seen(tensor) for name, tensor in tensors.items()}
+    return stage
+
+
+def _finished(record: Line, trace: Any) -> Line:
+    """Turn the gradients that came to a pass's outputs into what is written of them."""
+    values = record["loss values"] = {}
+    for path, gradient in record["loss"].items():
+        record["loss"][path] = seen(gradient)
+        try:
+            values[path] = excerpt(gradient, trace.limit(trace.steps))
+        except Exception as error:
+            trace.note("values of a gradient", error)
+    record.pop("calls", None)
+    return record
+
+
+def _number(optimizers: list, optimizer: Optimizer) -> int:
+    """Return which optimizer it is, by the order of their first steps, from 1 on."""
+    for number, reference in enumerate(optimizers, start=1):
+        if reference() is optimizer:
+            return number
+    optimizers.append(weakref.ref(optimizer))
+    return len(optimizers)
+
+
+def _begins(optimizer: Optimizer, layout: Layout, used: dict[str, Tensor]) -> str:
+    """Return a part of the optimizer's state that is that of a first step, if there is one."""
+    ids = layout.ids
+    for parameter, state in optimizer.state.items():
+        name = ids.get(id(parameter)) if isinstance(parameter, Tensor) else None
+        if name is None:
+            continue
+        # Adam counts its steps; SGD's momentum begins as the gradient itself.
+        if "step" in state and float(state["step"]) == 1:
+            return f"{name}: step"
+        momentum = state.get("momentum_buffer")
+        if momentum is not None and name in used:
+            return f"{name}: momentum_buffer" if same(momentum, used[name]) else ""
+    return ""
+
+
+def _state(optimizer: Optimizer, layout: Layout) -> Line:
+    ids = layout.ids
+    return {
+        f"{ids.get(id(p), '?')}: {key}": seen(value)
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def between(fresh: dict[str, Tensor], used: dict[str, Tensor], left: dict[str, Tensor]) -> Line:
+    """Say what became of the gradients between the backward passes and the step.
+
+    `cosine` is that of the angle between both (1: only their length changed), `ratio` and `norm`
+    that of their lengths and the length at the step; `apart` the smallest and largest ratio of one
+    tensor, `cut` how many values are at most as large as the largest at the step, and were larger,
+    and `tied` how many have that largest magnitude. `left` is how much of what was there before the
+    backward passes is in the difference: 1 is all of it.
+    """
+    names = [name for name in used if name in fresh]
+    if not names:
+        return {"missing": sorted(used.keys() ^ fresh.keys())[:20]}
+    pairs = [(_flat(used[n]), _flat(fresh[n])) for n in names]
+    ours, theirs = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    with np.errstate(all="ignore"):
+        norms = float(np.linalg.norm(ours)), float(np.linalg.norm(theirs))
+        largest = np.abs(ours).max(initial=0)
+        lengths = [(np.linalg.norm(x), np.linalg.norm(y)) for x, y in pairs]
+        ratios = [float(x / y) for x, y in lengths if y]
+        turned = [float(x @ y / max(np.linalg.norm(x) * np.linalg.norm(y), 1e-300))
+                  for x, y in pairs if y.any() and x.any()]  # fmt: skip
+    said: Line = {
+        "cosine": short(float(ours @ theirs / max(norms[0] * norms[1], 1e-300))),
+        "ratio": short(norms[0] / norms[1]) if norms[1] else 0.0,
+        "norm": short(norms[0]),
+        "apart": [short(min(ratios, default=1.0)), short(max(ratios, default=1.0))],
+        "turned": short(min(turned, default=1.0)),
+        "cut": int((np.abs(theirs) > largest).sum()),
+        "tied": int((np.abs(ours) == largest).sum()),
+        "largest": short(float(largest)),
+        "missing": sorted(used.keys() ^ fresh.keys())[:20],
+    }
+    if kept := [n for n in names if n in left]:
+        before = np.concatenate([_flat(left[n]) if n in left else np.zeros(used[n].numel())
+                                 for n in names])  # fmt: skip
+        said["left"] = short(float((ours - theirs) @ before / max(before @ before, 1e-300)))
+        said["left in"] = kept[:20]
+    return said
+
+
+def _flat(tensor: Tensor) -> np.ndarray:
+    return dense(tensor).to(torch.float64).numpy()
