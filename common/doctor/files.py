@@ -105,8 +105,7 @@ def read(path: Path | str) -> list[str]:
         part = path.with_name(f"{path.name}.part").exists()
         why = "; only its beginning, .part: the run was killed, or still goes on" if part else ""
         raise BadInput(
-            f"there is no trace '{path}'{why}; make one: with Trace(net, path=...), "
-            f"see {DOCTOR}."
+            f"there is no trace '{path}'{why}; make one: with Trace(net, path=...), see {DOCTOR}."
         ) from error
     except (OSError, EOFError, ValueError, IndexError, RecursionError, zlib.error) as error:
         raise damaged from error
