@@ -80,6 +80,7 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m bench.trace", description="Measure what a trace costs.")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps in each round")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 32, 128])
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
     for name in ("network", "batch", "each step traced", "each tenth", "MB per 1,000 steps"):
         table.add_column(name, justify="right")
     for model in (Net, DeepNet, ManyTensors):
-        for batch_size in (4, 32, 128):
+        for batch_size in given.batch_sizes:
             every, thin, size = measure(model, batch_size, given.steps, given.rounds)
             cells = (f"{statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})"
                      for r in (every, thin))  # fmt: skip

@@ -167,8 +167,10 @@ def _steps(a: Run, b: Run) -> tuple[Found | None, int, list[str]]:
             return *causes_step.since(a, b, index, found), remarks
         if not remarks and (said := harmless(x, y)):
             remarks.append(said)
-    ends = [run.end["end"] if run.table is None else len(run.steps) for run in (a, b)]
-    if len(a.steps) != len(b.steps) or (ends[0] != ends[1] and a.table is b.table is None):
+    # Without what was left out or joined: all steps were recorded, as the traces count them.
+    is_whole = all(run.table is None and not run.is_joined for run in (a, b))
+    ends = [run.end["end"] if is_whole else len(run.steps) for run in (a, b)]
+    if len(a.steps) != len(b.steps) or ends[0] != ends[1]:
         return causes_step.other_length(a, b, ends), min(ends) + 1, remarks
     return _end(a, b), ends[0] + 1, remarks
 

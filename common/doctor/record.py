@@ -2,6 +2,7 @@
 
 import functools
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -86,10 +87,15 @@ class Gradients:
 
     def __init__(self) -> None:
         self.hooked: dict[int, Any] = {}
-        self.begin()
-
-    def begin(self) -> None:
         self.fresh: dict[str, Tensor] = {}
+        self.waiting: dict[str, Tensor] = {}  # what came before a step that did not use it
+        self.begin(())
+
+    def begin(self, stepped: Collection[str]) -> None:
+        """Begin anew after a step of these parameters; what the others got may still be used."""
+        self.waiting |= self.fresh
+        self.waiting = {n: g for n, g in self.waiting.items() if n not in stepped}
+        self.fresh = {}
         self.left: dict[str, Tensor] = {}  # what was in .grad before the first backward pass
         self.cleared: set[str] = set()  # what was taken out of .grad between two of them
 
@@ -104,7 +110,8 @@ class Gradients:
         for handle, _ in self.hooked.values():
             handle.remove()
         self.hooked = {}
-        self.begin()
+        self.begin(())
+        self.waiting = {}
 
     def add(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
         before = parameter.grad
@@ -136,7 +143,8 @@ def step_line(trace: Any, optimizer: Optimizer, is_full: bool) -> Line:
     names = list(held)
     gradients = {n: tensors[n].grad for n in names}
     used = {n: g.detach() for n, g in gradients.items() if g is not None}
-    fresh = {n: g for n, g in trace.gradients.fresh.items() if n in held}
+    came = trace.gradients.waiting | trace.gradients.fresh
+    fresh = {n: came[n] for n in held if n in came and (n in used or n in trace.gradients.fresh)}
     unchanged = used.keys() == fresh.keys() and all(same(used[n], fresh[n]) for n in used)
     changes: Line = {}
     if not unchanged:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class Run:
                       if line.startswith('{"again"')]  # fmt: skip
         self.table: dict[str, str] | None = None  # the names of this trace: those of the other
         self.prefix = ""
+        self.is_joined = False
         self.step = functools.lru_cache(8)(self._step)
 
     def _step(self, index: int) -> Line:
@@ -175,8 +177,63 @@ def paired(x: Line, y: Line) -> tuple[list[Line], list[Line]]:
     return training(x), training(y)
 
 
+def joined(run: Run) -> None:
+    """Make one step of several optimizers' steps that follow one backward pass.
+
+    So that two optimizers, one for each part of a network, are held against one for all of it.
+    """
+    if not any('"which": 2,' in line for line in run.steps):
+        return
+    steps: list[Line] = []
+    for line in map(json.loads, run.steps):
+        before = steps[-1] if steps else None
+        if (
+            before
+            and not line["passes"]
+            and not line["backwards"]
+            and (stepped(before).isdisjoint(stepped(line)))
+        ):
+            _join(before, line)
+        else:
+            steps.append(line)
+    run.is_joined = len(steps) < len(run.steps)
+    run.steps = [json.dumps(line) for line in steps]
+    run.step.cache_clear()
+
+
+def _join(before: Line, line: Line) -> None:
+    fresh = [step["fresh"] or step["used"] for step in (before, line)]
+    if before["fresh"] or line["fresh"]:
+        before["fresh"] = _both(*fresh)
+    before["used"] = _both(before["used"], line["used"])
+    weights = _both(before["weights"], line["weights"])
+    before["weights"] = weights
+    before["groups"] += line["groups"]
+    before["between"] = before["between"] or line["between"]
+    kinds = {*before["optimizer"].split(" and "), line["optimizer"]}
+    before["optimizer"] = " and ".join(sorted(kinds))
+    if "state" in before:
+        before["state"] |= line.get("state", {})
+
+
+def _both(one: Line, other: Line) -> Line:
+    """Join two stages of other tensors; of weights, the later ones count."""
+    found = {
+        "bits": one["bits"] | other["bits"],
+        "norm": math.hypot(one["norm"], other["norm"]),
+        "sketch": [x + y for x, y in zip(one["sketch"], other["sketch"], strict=True)],
+    }
+    if "norms" in one:
+        found["norms"] = one["norms"] + other["norms"]
+    if "full" in one and "full" in other:
+        found["full"] = one["full"] | other["full"]
+    return found
+
+
 def align(a: Run, b: Run) -> tuple[str, ...]:
     """Bring the names of both traces together; return what there is to say about it."""
+    joined(a)
+    joined(b)
     ours, theirs = a.names(), b.names()
     if ours.keys() == theirs.keys():
         return ()

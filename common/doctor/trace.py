@@ -324,6 +324,7 @@ class Trace:
         if not any(id(p) in ids for group in optimizer.param_groups for p in group["params"]):
             return
         is_due = not self.idle
+        held = {ids[id(p)] for g in optimizer.param_groups for p in g["params"] if id(p) in ids}
         self.steps += 1
         self.stack, self.current = [], None
         try:
@@ -331,7 +332,7 @@ class Trace:
                 self._write(step_line(self, optimizer, self.is_full(self.steps)))
         finally:
             self._begin_step()
-            self.gradients.begin()
+            self.gradients.begin(held)
 
     def _begin_step(self) -> None:
         self.idle = not self._is_due()  # the step that comes is not recorded

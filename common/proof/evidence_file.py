@@ -180,21 +180,23 @@ def check(lines: list[Line], file: Path, args: Any, parameters: int) -> None:
     if len(lines[0].get("start", [])) != parameters:
         _lacks(file, "start", lines[0])
     batches = getattr(args, "accumulate_grad_batches", 1)
-    reached: dict[str, int] = {}
+    reached: dict[str, int] = {}  # by epoch: how many samples are known, from its start on
+    batches_until_now = 0
     for line in lines:
         steps, losses, order = line["global_step"] - line["from"], line["losses"], line["order"]
         if not steps <= len(losses) <= steps * batches:
             _lacks(file, "losses", line)
-        # The last batch of an epoch may be short.
-        samples = sum(len(samples) for _, samples in order.values())
-        if samples <= (len(losses) - max(1, len(order))) * args.batch_size:
-            _lacks(file, "order", line)
         if not {"train images", "train labels"} <= line["data"].keys():
             _lacks(file, "data", line)
         for epoch, (first, samples) in order.items():
             if first > reached.get(epoch, 0):
                 _lacks(file, "order", line)
-            reached[epoch] = first + len(samples)
+            reached[epoch] = max(reached.get(epoch, 0), first + len(samples))
+        # All until now, since processes that load ahead take samples before the steps they are for.
+        # The last batch of an epoch may be short.
+        batches_until_now += len(losses)
+        if sum(reached.values()) <= (batches_until_now - max(1, len(reached))) * args.batch_size:
+            _lacks(file, "order", line)
 
 
 def check_rows(rows: list[dict[str, Any]], file: Path, epoch: int, args: Any) -> None:

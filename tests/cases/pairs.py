@@ -270,6 +270,20 @@ def groups_of_the_same_settings():
     return by_hand, other
 
 
+@pair(mlp)
+def one_optimizer_or_two():
+    def other(net, path):
+        optimizers = [sgd(net[0]), sgd(net[2])]
+        with Trace(net, path=path):
+            for x, y in POINTS:
+                net.zero_grad()
+                F.cross_entropy(net(x), y).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+
+    return by_hand, other
+
+
 class InParts(nn.Module):
     def __init__(self):
         super().__init__()
