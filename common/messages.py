@@ -61,6 +61,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         _exit(f"error: {message}; see --help.", status=2)
 
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; argparse's own would pass over a reader that is gone."""
+        print(self.format_help(), end="", file=file, flush=True)
+
 
 def keep_quiet() -> None:
     """Keep off the screen what is no news to who runs a lesson.
@@ -104,8 +108,10 @@ def clear_messages(failed: int = 1) -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     with signals.listening(), _quiet_about_workers():
         try:
-            yield
-            sys.stdout.flush()  # here, where a pipe that is closed can be told
+            try:
+                yield
+            finally:
+                sys.stdout.flush()  # here, where a pipe that is closed can be told
         except BaseException as error:
             _end(error, failed)
 

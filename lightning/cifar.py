@@ -1,6 +1,6 @@
 """The tutorial's CNN on CIFAR-10, trained by Lightning's Trainer.
 
-Run it with `make lightning-cifar` or `python lightning/cifar.py`. Its twin is
+Run it with `make lightning-cifar` or `.venv/bin/python lightning/cifar.py`. Its twin is
 plain/cifar.py.
 """
 

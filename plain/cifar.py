@@ -1,6 +1,6 @@
 """The tutorial's CNN on CIFAR-10, trained by a loop written by hand.
 
-Run it with `make plain-cifar` or `python plain/cifar.py`. Its twin is
+Run it with `make plain-cifar` or `.venv/bin/python plain/cifar.py`. Its twin is
 lightning/cifar.py.
 """
 

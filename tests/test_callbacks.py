@@ -473,17 +473,14 @@ def test_each_logger_holds_the_same_of_both_sides(logger, tmp_path, monkeypatch)
         count("pictures in loggers")
 
 
-def test_the_same_32_images_after_each_epoch():
+def test_the_same_32_images_after_each_epoch(tmp_path):
     """The pictures show the first validation images, which no shuffling moves."""
     assert SHOWN == 32
     data = small_data()
     net = DeepNet().eval()
     before = torch.get_rng_state()
-    folder = Path("pictures")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(Image.Image, "save", lambda self, path: None)
-        monkeypatch.setattr(Path, "mkdir", lambda self, **kwargs: None)
-        pixels = figures.predictions(net, data, 3, folder)
+    pixels = figures.predictions(net, data, 3, tmp_path)
+    assert np.array_equal(np.array(Image.open(tmp_path / "pictures" / "epoch_3.png")), pixels)
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
     assert torch.equal(before, torch.get_rng_state())
 

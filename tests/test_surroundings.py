@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import SIDES, arguments, count, lessons, load_lesson, small_data, some, train
+from helpers import SIDES, arguments, count, lessons, load_lesson, small_data, train
 from test_command_line import assert_refused, typed
 
 VALUES = ["", "text", "0", "-2", "3", "1", "1.5", "99999999999999999999", "\x1b[31m"]
@@ -123,7 +123,8 @@ def test_which_lessons_have_processes():
     assert not any(LEFT_OVER.fullmatch(name) for name in KEPT)
 
 
-@pytest.mark.parametrize("side", some(reversed(SIDES)))
+@pytest.mark.slow
+@pytest.mark.parametrize("side", SIDES)
 def test_a_real_start_with_all_of_it(side, tmp_path):
     """Before Lightning is imported, which would fail at RANK=text, and write nothing at RANK=3."""
     left_over = dict.fromkeys(NAMES, "text") | {
@@ -344,6 +345,7 @@ def test_too_little_shared_memory_is_refused_beforehand(side, tmp_path, monkeypa
         count("sizes of shared memory")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("unshare"), reason="there is no unshare")
 def test_with_as_little_as_docker_gives(tmp_path):
     """In a namespace with a /dev/shm of 64 MB: refused, and with fewer processes it ends."""

@@ -188,10 +188,11 @@ def _sides(a: Result, x: Any, b: Result, y: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """Say in a few words what a fingerprint stands for."""
-    if not isinstance(value, dict) or not value.keys() >= {"shape", "norm"}:
+    """Say in a few words what a fingerprint stands for; an edited result may hold anything."""
+    shape = value.get("shape") if isinstance(value, dict) else None
+    if not isinstance(shape, list):
         return f"{value}"[:12]
-    return f"{'x'.join(map(str, value['shape']))} of norm {value['norm']!r}"
+    return f"{'x'.join(map(str, shape))} of norm {value.get('norm')!r}"
 
 
 def _list(value: Any) -> list[float]:

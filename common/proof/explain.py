@@ -51,7 +51,7 @@ def explain(args: Any, argv: list[str], stage: str, losses: list[list[Any]]) -> 
             if ended.returncode:
                 said = (ended.stderr.splitlines() or ["nothing"])[-1]
                 return f"The {side} side could not be traced; its last words were: {said}"
-        return f"{samebits.compare(*traces)}\nA is plain, B is lightning."
+        return f"A is plain, B is lightning.\n{samebits.compare(*traces)}"
 
 
 class Enough(Exception):

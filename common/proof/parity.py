@@ -53,9 +53,13 @@ def main(argv: list[str]) -> int:
                 f"--start-from '{start}' is in the folder of a run that will be moved "
                 "away for the new one; copy the file elsewhere and name the copy."
             )
+        before = [read_result(side, args) for side in SIDES]
         for side in SIDES:
             if status := run_if_needed(side, args, argv):
                 return status
+        if before == [read_result(side, args) for side in SIDES]:
+            folder = printable(f"{args.runs_dir / args.lesson}/")
+            print(f"Both sides have been run with these settings: comparing what is in {folder}.")
         a, b = (read_result(side, args) for side in SIDES)
         pairs.append((a, b, compare_results(a, b)))
         show(*pairs[-1])

@@ -195,7 +195,8 @@ def show(result: Result, args: Any) -> None:
         print("The test loss is not a number: the last steps spoiled it; try a smaller --lr.")
     elif chance := at_chance(result):
         print(
-            f"The network is still at {chance}: this run was too short, or --lr does not suit it."
+            f"The network is still at {chance}: the run may be too short, --lr may not suit it, "
+            "or the training has a mistake."
         )
     counts = torch.tensor(result["confusion_matrix"])
     returned = (counts.diag().sum() / counts.sum()).item()
