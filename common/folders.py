@@ -1,6 +1,6 @@
 """The folder of a run: made ready without losing the run before, and read and written whole."""
 
-from common.messages import BadInput, notice
+from common.messages import BadInput, notice, printable
 
 import contextlib
 import csv
@@ -89,6 +89,7 @@ def settle(folder: Path) -> None:
             previous.rename(gone)
         aside.rename(previous)
         shutil.rmtree(gone, ignore_errors=True)
+        print(printable(f"The run that was in {folder} is kept in {previous}."))
         return
     for path in aside.iterdir():
         if path.name not in {*FILES, *OTHERS, *FOLDERS} and not path.match("evidence.*.jsonl"):
