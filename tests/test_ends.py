@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from forked import LIMIT, serving
-from helpers import SIDES, count
+from helpers import SIDES, count, some
 
 KEPT = "what was written until now is kept."
 
@@ -62,7 +62,11 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("lesson, moment", [(a, b) for a in MOMENTS for b in MOMENTS[a]])
+@pytest.mark.parametrize("lesson, moment", [
+    # Each third is run by `make test`, all by `make test-slow`.
+    pytest.param(*pair, marks=[pytest.mark.slow] * (number % 3 > 0))
+    for number, pair in enumerate((a, b) for a in MOMENTS for b in MOMENTS[a])
+])  # fmt: skip
 @pytest.mark.parametrize("name", ["SIGTERM", "Ctrl-C"])
 def test_a_signal_ends_a_lesson(name, lesson, moment, side, server, tmp_path):
     number, status = {"SIGTERM": (15, 143), "Ctrl-C": (2, 130)}[name]
@@ -192,7 +196,7 @@ def test_nobody_reads_the_output(lesson, side, server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", ["-c 'print(1)'", "sidebyside cifar", "order --help", "parity -h"]
+    "words", some(["-c 'print(1)'", "order --help", "sidebyside cifar", "parity -h"], every=2)
 )
 def test_a_closed_pipe_from_the_shell(words, tmp_path):
     module, *more = words.split()

@@ -163,6 +163,7 @@ def test_a_loss_that_is_no_number_is_no_agreement(script):
     assert "nothing was learned" in comparison.first_difference.difference
 
 
+@pytest.mark.slow
 def test_from_the_shell(tmp_path):
     (tmp_path / "a.py").write_text(LOOP)
     (tmp_path / "b.py").write_text(LOOP.replace("momentum=0.9", "momentum=0.8"))

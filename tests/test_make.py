@@ -234,6 +234,7 @@ def everything(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_without_a_network_a_set_up_loses_nothing(offline):
     before = everything(offline)
     sentence = one_sentence(make("setup", cwd=offline))

@@ -181,7 +181,9 @@ def test_no_page_scrolls_sideways(page, site):
 FEW = ("index.html", "cifar.html", "cifar-slides.html", "ledger.html")
 
 
-@pytest.mark.parametrize("scheme, width", [("light", 1600), ("dark", 390)])
+@pytest.mark.parametrize(
+    "scheme, width", [("light", 1600), pytest.param("dark", 390, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_axe_finds_nothing(browser, site, scheme, width, every):
     """WCAG 2.1 AA, as far as a program can tell; on every page under make test-slow."""

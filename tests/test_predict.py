@@ -369,6 +369,7 @@ def test_files_that_were_not_named(arguments, capsys):
         assert f"no {missing} was named" in said and "CHECKPOINT=runs/" in said
 
 
+@pytest.mark.slow
 def test_from_the_shell(tmp_path, cat):
     checkpoints.save(tmp_path / "x.ckpt", {"state_dict": trained()[1].state_dict()})
     command = [sys.executable, "-m", "common.predict", str(tmp_path / "x.ckpt"), str(cat)]
