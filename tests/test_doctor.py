@@ -35,7 +35,10 @@ def test_one_change_is_diagnosed(name, tmp_path):
     assert diagnosis.stage == control.stage, str(diagnosis)
     assert diagnosis.causes[0].name.startswith(control.cause), str(diagnosis)
     assert not diagnosis.rounding and len(str(diagnosis).splitlines()) <= 15
-    assert controls.row(name, control, diagnosis) in TABLE.splitlines()
+    # How many more differ depends on the images: a bias before BatchNorm has a gradient of rounding
+    # alone, or of 0.
+    rows = [re.sub(r" and \d+ more", "", row) for row in TABLE.splitlines()]
+    assert re.sub(r" and \d+ more", "", controls.row(name, control, diagnosis)) in rows
     count("controls diagnosed")
 
 
