@@ -270,6 +270,7 @@ def test_a_kill_at_any_operation_of_a_resumed_run(tmp_path, monkeypatch):
     count("kills while folders are moved", kills)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", SIDES)
 def test_killed_before_its_first_step(side, server, tmp_path):
     """By SIGKILL: the next run, and not before, finds what the killed one had moved aside."""

@@ -13,6 +13,7 @@ import sys
 import tomllib
 
 import pytest
+import samebits.messages
 from helpers import SIDES, count, lessons, real_data
 from test_negative_controls import CHANGES
 
@@ -78,6 +79,7 @@ def test_it_names_the_addresses_of_the_project():
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     assert f"git clone {urls['repository']}\n" in README
     assert f"[The website]({urls['homepage']})" in README
+    assert f"{urls['repository']}/blob/main/" == samebits.messages.PUBLISHED
 
 
 def test_the_commands_exist():

@@ -4,11 +4,13 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
-# Where the pages are that explain a cause. Where they are published, HOME is the address before
-# `docs/`; all links of the package follow it.
-HOME = ""
+# Where the pages are that explain a cause: beside it in the repository, and published elsewhere.
+# The address before `docs/`; all links of the package follow it.
+PUBLISHED = "https://github.com/plain-and-lightning/plain-and-lightning/blob/main/"
+HOME = "" if (Path(__file__).parents[2] / "docs" / "pitfalls.md").is_file() else PUBLISHED
 PAGES = f"{HOME}docs/pitfalls.md"
 SAMENESS = f"{HOME}docs/sameness.md"
 DOCTOR = f"{HOME}docs/doctor.md"
