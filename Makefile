@@ -195,7 +195,7 @@ INSTALLED := cmp -s requirements.lock .venv/lock.installed && $(BIN)/python -c '
 		echo "error: '$$PYTHON' is $$("$$PYTHON" -V 2>&1), but PyTorch and this code need 3.11 to 3.15; install one of these, or name it: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@$(INSTALLED) || command -v uv >/dev/null || "$$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "error: '$$PYTHON' lacks its modules venv and ensurepip; install them (Debian, Ubuntu: apt install python3-venv)." >&2; exit 2; }
-	@$(INSTALLED) || echo "Setting up .venv, once. It takes some minutes$(if $(CPU_ONLY),.,; on Linux 6 GB for PyTorch with CUDA (make setup CPU_ONLY=1 takes one GB).)"
+	@$(INSTALLED) || echo "Setting up .venv, once. It takes some minutes$(if $(CPU_ONLY),.,; on Linux 6 GB for PyTorch with CUDA (make setup CPU_ONLY=1 leaves CUDA out).)"
 # What a killed set-up left is removed, or put back. Without uv on the path, pip fetches the one that
 # the lock names, by its hash. On a terminal uv shows how far it is.
 # Only samebits is installed. `common` is found by the path: its name is too common for others.

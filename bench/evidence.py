@@ -5,13 +5,12 @@ in turns in one process: once on batches that are already there, and once with a
 lessons have it. Prints the medians of the ratios with their spread; writes nothing.
 """
 
-from bench.parallel import machine_now, number
+from bench.parallel import machine_now, number, print_measured
 from common.data import Images, make_loader
 from common.messages import Parser, clear_messages
 from common.models import Net
 from common.networks import TO_ONE
 from common.proof.evidence import Evidence
-from common.proof.fingerprints import versions
 from common.shapes import CLASSES, draw_shapes
 
 import argparse
@@ -25,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 
 BATCH_SIZE, AIM = 4, 1.02
@@ -74,7 +72,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=number, default=500, metavar="N", help="in each round")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    machine, made = machine_now(), versions()
+    machine = machine_now()
     title = f"processor time of a step with {BATCH_SIZE} images, watched to bare; aim: {AIM}"
     table = Table("batches", "bare", "ratio", "middle half", "all", title=title,
                   title_justify="left")  # fmt: skip
@@ -85,11 +83,8 @@ def main(argv: list[str]) -> None:
             what, f"{1e6 * bare:.0f} µs", f"{median(ratios):.3f}", f"{low:.3f} to {high:.3f}",
             f"{min(ratios):.3f} to {max(ratios):.3f}",
         )  # fmt: skip
-    Console(width=100).print(table)
-    print(
-        f"{given.rounds} rounds of {given.steps} steps, in turns; one thread; {machine['cpu']}, "
-        f"load {machine['load_average_at_start']} before; torch {made['torch']}."
-    )
+    how = f"{given.rounds} rounds of {given.steps} steps, in turns; one thread"
+    print_measured(table, how, machine)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from bench.parallel import machine_now, number, numbers
 from bench.report import fill, read_measured
 from bench.ring import markdown
 from bench.workers import lesson
-from common import ROOT, SIDES
+from common import ROOT, SIDES, figures
 from common.data import Data, Images, make_loader
 from common.folders import write_whole
 from common.messages import Parser, clear_messages
@@ -66,14 +66,14 @@ SECONDS = 0.4  # that the steps of one measurement shall take
 PROFILED = (4, 128)  # batch sizes
 MODELS: dict[str, type[nn.Module]] = {"Net": Net, "DeepNet": DeepNet}
 WAYS = ("floor", "plain", "tutorial", "bare", "lesson", "defaults")
-# How each way is drawn: its name, its colour of Okabe and Ito's, its mark.
+# How each way is drawn: its name, its colour, its mark.
 DRAWN = {
-    "floor": ("floor", "#555555", ""),
-    "plain": ("plain loop", "#0072B2", "o"),
-    "tutorial": ("the tutorial's form", "#000000", "s"),
-    "bare": ("Lightning, bare", "#009E73", "^"),
-    "lesson": ("Lightning, the lesson", "#D55E00", "D"),
-    "defaults": ("Lightning, its defaults", "#CC79A7", "v"),
+    "floor": ("floor", figures.GREY, ""),
+    "plain": ("plain loop", figures.BLUE, "o"),
+    "tutorial": ("the tutorial's form", "black", "s"),
+    "bare": ("Lightning, bare", figures.GREEN, "^"),
+    "lesson": ("Lightning, the lesson", figures.ORANGE, "D"),
+    "defaults": ("Lightning, its defaults", figures.PURPLE, "v"),
 }
 
 

@@ -25,7 +25,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 MOST_IMAGES = 200_000  # drawn at once, for one epoch: 600 MB
 
@@ -102,6 +104,13 @@ def machine_now() -> dict[str, Any]:
         )
     cpu = names[0] if names else platform.processor() or platform.machine()
     return {"cpu": cpu, "cores": len(allowed(0)), "load_average_at_start": round(load, 2)}
+
+
+def print_measured(table: Table, how: str, machine: dict[str, Any]) -> None:
+    """Print a table, and below it how and where its numbers were measured."""
+    Console(width=100).print(table)
+    load = machine["load_average_at_start"]
+    print(f"{how}; {machine['cpu']}, load {load} before; torch {versions()['torch']}.")
 
 
 def numbers(text: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 from bench import ring
 from bench.ring import markdown, size_text, time_text
-from common import SIDES
+from common import SIDES, figures
 from common.folders import write_whole
 from common.messages import BadInput
 
@@ -18,10 +18,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-# Of Okabe and Ito's colours, which nearly everyone can tell apart.
-COLORS = {"plain": "#0072B2", "lightning": "#D55E00"}
-NAMES = {"plain": "plain", "lightning": "Lightning"}
-RINGS = (("#009E73", "o"), ("#CC79A7", "s"), ("#000000", "^"))  # by the number of processes
+COLORS = {"plain": figures.BLUE, "lightning": figures.ORANGE}
+RINGS = ((figures.GREEN, "o"), (figures.PURPLE, "s"), ("black", "^"))  # by the number of processes
 
 
 def fit(sizes: list[int], seconds: list[float], devices: int) -> dict[str, float]:
@@ -201,9 +199,9 @@ def draw(found: dict[str, Any]) -> Figure:
             bars = np.abs(ends - steps)
             places = np.array(counts) + 0.04 * SIDES.index(side)  # beside each other
             axis.errorbar(places, steps, bars, fmt="o-", color=COLORS[side], capsize=4,
-                          label=NAMES[side])  # fmt: skip
+                          label=figures.SIDES[side])  # fmt: skip
             silent = [1e3 * r["silent"] for r in mine]
-            label = f"{NAMES[side]}, gradients not sent"
+            label = f"{figures.SIDES[side]}, gradients not sent"
             axis.plot(counts, silent, "x--", color=COLORS[side], label=label, alpha=0.7)
         plain = [r for r in rows if (r["batch_size"], r["side"]) == (batch_size, "plain")]
         for name, style in (("ideal", ":"), ("ideal_of_cores", "-.")):

@@ -5,10 +5,9 @@ import of the library that it stands on, in turns, each in a process of its own.
 with their spread; writes nothing.
 """
 
-from bench.parallel import machine_now, number
+from bench.parallel import machine_now, number, print_measured
 from common import ROOT, SIDES
 from common.messages import Parser, clear_messages
-from common.proof.fingerprints import versions
 
 import argparse
 import os
@@ -18,7 +17,6 @@ import tempfile
 import time
 from statistics import median
 
-from rich.console import Console
 from rich.table import Table
 
 # What a side stands on, and how much longer than its import the whole command may take.
@@ -44,7 +42,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--rounds", type=number, default=7, metavar="N", help="how often")
     given = parser.parse_args(argv)
-    machine, made = machine_now(), versions()
+    machine = machine_now()
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         options = [*ONE_STEP.split(), "--runs-dir", folder]
@@ -74,11 +72,7 @@ def main(argv: list[str]) -> None:
             f"{median(a for a, _ in whole):.2f} s", f"{median(ratios):.2f}",
             f"{min(ratios):.2f} to {max(ratios):.2f}", f"at most {aim}", f"{median(clock):.2f}",
         )  # fmt: skip
-    Console(width=100).print(table)
-    print(
-        f"{given.rounds} rounds, in turns; processor time; {machine['cpu']}, load "
-        f"{machine['load_average_at_start']} before; torch {made['torch']}."
-    )
+    print_measured(table, f"{given.rounds} rounds, in turns; processor time", machine)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 VALIDATION = 5_000  # images taken out of those to train on
+TO_TRAIN_ON = {"cifar10": 50_000, "fashionmnist": 60_000}  # before that; as many shapes stand in
 # Evaluation keeps no gradients, so that large batches fit. The last one is short (5,000 = 9 * 512
 # + 392), which is why averages must count samples and not batches.
 EVAL_BATCH_SIZE = 512
@@ -275,7 +276,7 @@ def _split(
 
 def _shapes_like(name: str) -> Contents:
     """Return shapes in the format of a real data set: their classes, to train on, to test on."""
-    kind, count = {"cifar10": ("coloured", 50_000), "fashionmnist": ("grey", 60_000)}[name]
+    kind, count = {"cifar10": "coloured", "fashionmnist": "grey"}[name], TO_TRAIN_ON[name]
     return (
         shapes.CLASSES,
         shapes.kept(kind, count, seed=1),

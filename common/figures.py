@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 SHOWN = 32  # images in a grid
 IN_A_ROW = 8
 DPI = 100
-# Two of Okabe and Ito's colours, which nearly everyone can tell apart: https://jfly.uni-koeln.de/color/
-BLUE, ORANGE = "#0072B2", "#D55E00"
+# Okabe and Ito's colours, which nearly everyone can tell apart: https://jfly.uni-koeln.de/color/
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 GREY = "#555555"
 SIDES = {"plain": "plain", "lightning": "Lightning"}  # as they are written
 

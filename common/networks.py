@@ -53,6 +53,11 @@ NETWORKS = (
 )
 
 
+def data_of(lesson: str) -> str:
+    """Return the data set whose images a lesson takes; that of most, for a script that is none."""
+    return next((network.data for network in NETWORKS if network.lesson == lesson), "cifar10")
+
+
 def identify(weights: Mapping[str, Tensor], lesson: str | None = None) -> Network:
     """Return the network of the lessons that has these weights, by names and shapes.
 

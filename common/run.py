@@ -5,11 +5,11 @@ it is its help. `main(args)` trains and returns the network. All else happens he
 threads, the folder, what parity compares, the pictures and the final table.
 """
 
-from common.data import VALIDATION, count_batches
+from common.data import TO_TRAIN_ON, VALIDATION, count_batches, processes
 from common.folders import EVIDENCE, is_writable, locked, start_folder
 from common.logger import check_logger
 from common.messages import BadInput, clear_messages
-from common.networks import NETWORKS
+from common.networks import data_of
 
 import contextlib
 import inspect
@@ -69,7 +69,7 @@ class Options:
         """
         folder = self.place
         # Of several processes, the first one does it.
-        if not self.started and int(os.environ.get("RANK", 0)) == 0:
+        if not self.started and processes()[0] == 0:
             self.started = True
             if self.begun_at:
                 from common import resume  # which only some lessons need
@@ -108,8 +108,6 @@ SAME_RESULT = (
 
 # A run that would log fewer losses with its lesson's default logs this many: a curve, not a dot.
 LOGGED = 10
-# Images to train on, by the data set of a lesson; the shapes that stand in are as many.
-TRAINED_ON = {"cifar10": 50_000 - VALIDATION, "fashionmnist": 60_000 - VALIDATION}
 
 # What a number must be, by its option's name. All others must be at least 0.
 AT_LEAST_1 = (
@@ -132,7 +130,7 @@ def run(main: Callable[[Any], nn.Module], args_class: type[Options]) -> None:
         args = parse(args_class, inspect.getfile(main))
         if hasattr(args, "start_processes") and args.start_processes():
             return  # they have done it
-        first = int(os.environ.get("RANK", 0)) == 0  # of several processes
+        first = processes()[0] == 0
         with locked(args.place) if first else contextlib.nullcontext():
             args.begin()
             from common.proof import watch  # the proof's imports, and matplotlib's, only now
@@ -220,8 +218,8 @@ def evidence_file(args: Any) -> Path | None:
 
 def planned_steps(args: Any) -> int:
     """Return after how many optimizer steps a run can end: where its patience is over, at most."""
-    data = next((network.data for network in NETWORKS if network.lesson == args.lesson), "cifar10")
-    batches = count_batches(-(-TRAINED_ON[data] // args.batch_size), args.limit_train_batches)
+    images = TO_TRAIN_ON[data_of(args.lesson)] - VALIDATION
+    batches = count_batches(-(-images // args.batch_size), args.limit_train_batches)
     steps = -(-batches // getattr(args, "accumulate_grad_batches", 1))
     return steps * min(args.max_epochs, getattr(args, "patience", args.max_epochs) + 1)
 

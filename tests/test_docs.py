@@ -1,6 +1,7 @@
 """The pages can be read and followed: every link leads somewhere, and no sentence is endless."""
 
 from common import ROOT
+from docs.page.prose import heading_id
 
 import re
 import subprocess
@@ -34,12 +35,9 @@ def anchors(path):
     text = path.read_text(encoding="utf-8")
     found = set(re.findall(r'<a id="([^"]+)">', text))
     text = re.sub(r"^( *)```.*?^\1```", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings: list[str] = []
     for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
-        heading = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
-        slug = re.sub(r"[^\w\- ]", "", heading).replace(" ", "-")
-        repeated = sum(one == slug or re.fullmatch(rf"{re.escape(slug)}-\d+", one) is not None
-                       for one in found)  # fmt: skip
-        found.add(f"{slug}-{repeated}" if slug in found else slug)
+        found.add(heading_id(heading, headings))
     return found
 
 

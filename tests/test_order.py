@@ -255,7 +255,7 @@ def test_bad_input_is_told_in_one_sentence(wrong, said, capsys):
 def found(orders, monkeypatch):
     """The command, with the orders that were recorded already."""
     recordings = {s: {p: orders[s, p] for p in LEFT_OUT} for s in SIDES}
-    monkeypatch.setattr(order, "record_elsewhere", recordings.get)
+    monkeypatch.setattr(order, "recorded_side", recordings.get)
     return recordings
 
 

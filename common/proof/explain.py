@@ -4,7 +4,7 @@
 differs, traces the steps around it, and lets the doctor name the cause.
 """
 
-from common import ROOT, SIDES
+from common import ROOT, SIDES, figures
 from common.folders import write_whole
 from common.messages import clear_messages
 from common.proof.evidence import observed
@@ -128,11 +128,11 @@ def draw_losses(figure: Any, losses: list[list[Any]], title: str) -> None:
     ours, theirs = ([math.nan if x is None else x for x in side] for side in losses)
     # The losses of single batches are a wall; their differences, below, are of every batch.
     window = max(1, len(ours) // 100)
-    wide: dict[str, Any] = {"color": "#0072B2", "linewidth": 4, "alpha": 0.4, "label": "plain"}
-    thin: dict[str, Any] = {"color": "#D55E00", "linewidth": 1.2, "linestyle": "--"}
-    for side, style in ((ours, wide), (theirs, thin | {"label": "Lightning"})):
+    wide: dict[str, Any] = {"color": figures.BLUE, "linewidth": 4, "alpha": 0.4}
+    thin: dict[str, Any] = {"color": figures.ORANGE, "linewidth": 1.2, "linestyle": "--"}
+    for side, style, name in zip((ours, theirs), (wide, thin), figures.SIDES.values(), strict=True):
         means = torch.tensor(side).unfold(0, min(window, len(side)), 1).mean(1).tolist()
-        above.plot(range(window, window + len(means)), means, **style)
+        above.plot(range(window, window + len(means)), means, label=name, **style)
     label = "training loss" + (f",\nmean of {window:,} batches" if window > 1 else "")
     above.set(title=title, ylabel=label, ylim=(0, None))
     above.legend()

@@ -6,22 +6,19 @@ pass the same milestones: a batch is read, the network is called, the weights ch
 does up to a milestone stands in one row.
 """
 
-from common import ROOT, SIDES, shapes
-from common.data import Data, EpochSampler, Images
+from common import ROOT, SIDES
+from common.data import EpochSampler, Images
 from common.messages import BadInput, Parser, clear_messages
 from common.models import Net
 from common.proof.lessons import load
+from common.proof.recording import give_few_images, record_elsewhere, save_small
 from common.run import ready
 
 import contextlib
 import inspect
-import io
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -159,10 +156,8 @@ def beside(plain: list[Row], lightning: list[Row]) -> list[tuple[str, list[str],
 
 def record_side(side: str) -> list[Row]:
     """Record one side on drawn images; writes into the current folder."""
-    drawn = Images(*shapes.draw_shapes(32, seed=1), name="shapes", classes=shapes.CLASSES)
-    few = Data(*(replace(drawn, split=split) for split in ("train", "val", "test")))
     lesson = load(side, "cifar")
-    lesson.load_images = lambda name, args, transform: few  # type: ignore[attr-defined]
+    give_few_images(lesson)
     args = lesson.Args(
         batch_size=8, max_epochs=1, limit_train_batches=1, accelerator="cpu", refresh_rate=0
     )
@@ -220,37 +215,22 @@ def draw(moments: list[tuple[str, list[str], list[str]]]) -> Any:
 # From here on: the command.
 
 
-def _record_elsewhere(side: str) -> list[Row]:
-    """Return what `record_side` does, from a process and a folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="hooks-") as folder:
-        command = [sys.executable, "-m", "common.proof.hooks", "--side", side]
-        ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if ended.returncode:
-        said = (ended.stderr.splitlines() or ["nothing"])[-1]
-        raise BadInput(f"the {side} side could not be recorded; its last words were: {said}")
-    return [Row(*row) for row in json.loads(ended.stdout.splitlines()[-1])]
-
-
 def main(argv: list[str]) -> None:
     """Record both sides, and write the page's table and its picture.
 
     Raises BadInput where a side breaks off, or both pass other milestones.
     """
-    from PIL import Image
-
     parser = Parser(prog="common.proof.hooks", description="Record the hooks of one fit.")
     parser.add_argument("--side", choices=SIDES, help="print, as JSON, what this side alone does")
     arguments = parser.parse_args(argv)
     if arguments.side:
         print(json.dumps(record_side(arguments.side)))
         return
-    moments = beside(*(_record_elsewhere(side) for side in SIDES))
+    found = (record_elsewhere("common.proof.hooks", side) for side in SIDES)
+    moments = beside(*([Row(*row) for row in rows] for rows in found))
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n{table(moments)}{END}{rest.partition(END)[2]}", "utf-8")
-    drawing = io.BytesIO()
-    draw(moments).savefig(drawing, dpi=110)
-    PICTURE.parent.mkdir(exist_ok=True)
-    Image.open(drawing).convert("RGB").quantize(64).save(PICTURE, optimize=True)
+    save_small(draw(moments), PICTURE, dpi=110)
     called = sum(len(hooks) for _, _, hooks in moments)
     print(f"{PAGE.relative_to(ROOT)}: {len(moments)} moments, {called} calls of hooks.")
 

@@ -3,7 +3,9 @@
 from common import ROOT
 from common.networks import NETWORKS
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 
@@ -28,11 +30,19 @@ def load(side: str, name: str, *changes: tuple[str, str]) -> ModuleType:
     module = ModuleType(f"{side}_{name}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where dataclasses look for it
-    sys.path.insert(0, str(path.parent))
-    try:
+    with on_the_path(side):
         exec(compile(source, str(path), "exec"), module.__dict__)
-    finally:
-        sys.path.remove(str(path.parent))
-        for sibling in path.parent.glob("*.py"):
-            sys.modules.pop(sibling.stem, None)
     return module
+
+
+@contextlib.contextmanager
+def on_the_path(side: str) -> Iterator[None]:
+    """Let `from cifar import ...` find the file of this side, and forget it afterwards."""
+    folder = ROOT / side
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for sibling in folder.glob("*.py"):
+            sys.modules.pop(sibling.stem, None)

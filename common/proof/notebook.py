@@ -9,13 +9,13 @@ from common import ROOT, SIDES
 from common.messages import keep_quiet
 from common.proof.compare import compare_results
 from common.proof.explain import draw
+from common.proof.lessons import on_the_path
 from common.proof.parity import show
 from common.proof.watch import watch
 from common.run import ready
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,23 +35,10 @@ def load_ipython_extension(shell: Any) -> None:
 
 def _runner(side: str) -> Any:
     def run_cell(_: str, cell: str) -> None:
-        with _on_the_path(side):
+        with on_the_path(side):
             exec(compile(cell, f"<{side}>", "exec"), MODULES[side].__dict__)
 
     return run_cell
-
-
-@contextlib.contextmanager
-def _on_the_path(side: str) -> Iterator[None]:
-    """Let `from cifar import ...` find the file of this side, and forget it afterwards."""
-    folder = ROOT / side
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        for sibling in folder.glob("*.py"):
-            sys.modules.pop(sibling.stem, None)
 
 
 def prove(lesson: str, **options: Any) -> bool:

@@ -9,24 +9,20 @@ On a CPU the Trainer takes bfloat16 where float16 is asked for, and that needs n
 the scaler on any machine, lightning/optimize.py then runs with one line replaced: `WITH_SCALER`.
 """
 
-from common import ROOT, SIDES, shapes
-from common.data import Data, EpochSampler, Images
-from common.folders import write_whole
+from common import ROOT, SIDES
+from common.data import EpochSampler
 from common.messages import BadInput, Parser, clear_messages
 from common.models import NormNet
 from common.proof.lessons import load
+from common.proof.recording import give_few_images, record_elsewhere, save_small
 from common.run import ready
 
 import contextlib
 import inspect
-import io
 import itertools
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
@@ -35,7 +31,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch.amp import GradScaler
@@ -224,26 +219,18 @@ def record_side(side: str) -> dict[str, list[Call]]:
 
     For a process of its own, that ends then: both sides have modules of the same names.
     """
-    drawn = Images(*shapes.draw_shapes(32, seed=1), name="shapes", classes=shapes.CLASSES)
-    few = Data(*(replace(drawn, split=split) for split in ("train", "val", "test")))
     found = {}
     for precision in PRECISIONS:
         scaled = side == "lightning" and precision == "16-mixed"
         lesson = load(side, "optimize", *([WITH_SCALER] if scaled else []))
-        lesson.load_images = lambda name, args, transform: few  # type: ignore[attr-defined]
+        give_few_images(lesson)
         found[precision] = record(lesson, settings(lesson, side, precision))
     return found
 
 
-def record_elsewhere(side: str) -> dict[str, list[Call]]:
+def recorded_side(side: str) -> dict[str, list[Call]]:
     """Return what `record_side` does, from a process and a folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="order-") as folder:
-        command = [sys.executable, "-m", "common.proof.order", "--side", side]
-        ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if ended.returncode:
-        said = (ended.stderr.splitlines() or ["nothing"])[-1]
-        raise BadInput(f"the {side} side could not be recorded; its last words were: {said}")
-    found = json.loads(ended.stdout.splitlines()[-1])
+    found = record_elsewhere("common.proof.order", side)
     return {precision: [Call(*call) for call in calls] for precision, calls in found.items()}
 
 
@@ -263,19 +250,14 @@ def main(argv: list[str]) -> int:
         return 0
     if arguments.picture and arguments.picture.suffix != ".png":
         raise BadInput(f"--picture '{arguments.picture}' must end with .png.")
-    found = [record_elsewhere(side) for side in SIDES]
+    found = [recorded_side(side) for side in SIDES]
     drawn = [last_step(calls[PRECISIONS[-1]]) for calls in found]
     table = Table("", *SIDES, title="the calls of one step, 16-mixed", title_justify="left")
     for number, pair in enumerate(itertools.zip_longest(*drawn), start=1):
         table.add_row(f"{number}", *(call.name if call else "" for call in pair))
     Console().print(table)
     if arguments.picture:
-        arguments.picture.parent.mkdir(parents=True, exist_ok=True)
-        drawing = io.BytesIO()
-        draw(*drawn).savefig(drawing, dpi=150)
-        # 64 colours are enough for it, and make the file a third as large.
-        small = Image.open(drawing).convert("RGB").quantize(64)
-        write_whole(arguments.picture, lambda half: small.save(half, optimize=True))
+        save_small(draw(*drawn), arguments.picture, dpi=150)
     status = 0
     for precision in PRECISIONS:
         first = difference(*(calls[precision] for calls in found))

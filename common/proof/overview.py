@@ -4,11 +4,11 @@
 those of the two runs, and the order is recorded anew, in single precision.
 """
 
-from common import ROOT, SIDES
+from common import ROOT, SIDES, figures
 from common.messages import BadInput, clear_messages
 from common.proof.compare import as_data, compare_results
 from common.proof.explain import draw_losses
-from common.proof.order import COLORS, KINDS, WATCHED, Call, last_step, record_elsewhere
+from common.proof.order import COLORS, KINDS, WATCHED, Call, last_step, recorded_side
 from common.proof.parity import read_result, settings_of
 
 import itertools
@@ -39,7 +39,7 @@ def draw(losses: list[list[Any]], title: str, steps: list[list[Call]], path: Pat
         ha="center",
         fontsize=12,
     )
-    for column, name in enumerate(("plain", "Lightning")):
+    for column, name in enumerate(figures.SIDES.values()):
         axis.text(5 + 48 * column, -0.3, name, fontsize=11, weight="bold")
         for row, pair in enumerate(rows):
             if call := pair[column]:
@@ -58,7 +58,7 @@ def main() -> None:
     if not all(results):
         raise BadInput("there are no two results of cifar yet; type make parity-cifar first.")
     title = f"cifar on {results[0]['data']}: both sides"
-    steps = [last_step(record_elsewhere(side)["32-true"]) for side in SIDES]
+    steps = [last_step(recorded_side(side)["32-true"]) for side in SIDES]
     draw([result["train_loss"] for result in results], title, steps, PICTURE)
     plain, lightning = results
     data = as_data(plain, lightning, compare_results(plain, lightning))

@@ -8,7 +8,7 @@ and ends with one table. Exit status 0: all agree; 1: they differ; 2: they canno
 from common import ROOT, SIDES, pretrained, results
 from common.data import is_here
 from common.messages import BadInput, clear_messages, printable
-from common.networks import NETWORKS
+from common.networks import data_of
 from common.proof.compare import NAMES, RELATIVE, Comparison, as_data, compare_results
 from common.proof.explain import draw, explain
 from common.proof.fingerprints import code_sha256, versions
@@ -53,11 +53,12 @@ def main(argv: list[str]) -> int:
                 f"--start-from '{start}' is in the folder of a run that will be moved "
                 "away for the new one; copy the file elsewhere and name the copy."
             )
-        before = [read_result(side, args) for side in SIDES]
+        ran = []
         for side in SIDES:
-            if status := run_if_needed(side, args, argv):
-                return status
-        if before == [read_result(side, args) for side in SIDES]:
+            ran.append(run_if_needed(side, args, argv))
+            if ran[-1]:
+                return ran[-1]
+        if ran == [None, None]:
             folder = printable(f"{args.runs_dir / args.lesson}/")
             print(f"Both sides have been run with these settings: comparing what is in {folder}.")
         a, b = (read_result(side, args) for side in SIDES)
@@ -81,11 +82,11 @@ def settings_of(lesson: str, argv: list[str]) -> Any:
     return parse(load("plain", lesson).Args, ROOT / "plain" / f"{lesson}.py", argv)
 
 
-def run_if_needed(side: str, args: Any, argv: list[str]) -> int:
-    """Run one side, unless its result is there; return the exit status."""
+def run_if_needed(side: str, args: Any, argv: list[str]) -> int | None:
+    """Run one side, and return the exit status; None where its result is there."""
     reason = why_run(read_result(side, args), side, args)
     if not reason:
-        return 0
+        return None
     print(f"{reason}: running the {side} side of {args.lesson}.", flush=True)
     command = [sys.executable, str(ROOT / side / f"{args.lesson}.py"), *argv]
     status = _wait_for(subprocess.Popen(command))
@@ -120,7 +121,7 @@ def why_run(result: Result, side: str, args: Any) -> str:
     """Say why a side has to be run; "" where today's code, packages and data made its result."""
     if not result:
         return "There is no result yet"
-    data = next(network.data for network in NETWORKS if network.lesson == args.lesson)
+    data = data_of(args.lesson)
     if result.get("data") != data and args.data == "auto" and is_here(args.data_dir, data):
         return f"The shapes stood in for {data}, but the real images are here now"
     if getattr(args, "weights", "") == "auto" and pretrained.came_after(

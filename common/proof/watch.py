@@ -104,10 +104,14 @@ def until_a_step(args: Any) -> Iterator[None]:
     A run that makes none, since all is trained, has to come to the block's end.
     """
 
+    settled = False  # asked in each step: the folder is looked at in the first one alone
+
     def made(optimizer: Any, *_: Any) -> None:
+        nonlocal settled
         # FSDP makes a step with a learning rate of 0 for an optimizer's state to exist.
-        if args.started and any(group["lr"] for group in optimizer.param_groups):
+        if not settled and args.started and any(group["lr"] for group in optimizer.param_groups):
             settle(args.place)
+            settled = True
 
     hook = register_optimizer_step_post_hook(made)
     try:
@@ -198,9 +202,10 @@ def show(result: Result, args: Any) -> None:
             f"The network is still at {chance}: the run may be too short, --lr may not suit it, "
             "or the training has a mistake."
         )
+    tta = getattr(args, "tta", False)  # speed can test each image several times
     counts = torch.tensor(result["confusion_matrix"])
     returned = (counts.diag().sum() / counts.sum()).item()
-    if not math.isclose(returned, result["test_accuracy"], abs_tol=1e-6) and not args_tta(args):
+    if not math.isclose(returned, result["test_accuracy"], abs_tol=1e-6) and not tta:
         notice(
             f"main returned a network that has {returned:.2%} of the test images right, and logged",
             f"{result['test_accuracy']:.2%}: it is not the one that was tested.",
@@ -213,11 +218,6 @@ def at_chance(result: Result) -> str:
     """Say at which level pure chance is, where a network is hardly better; else return ""."""
     chance = 1 / len(result["test_accuracy_per_class"])
     return f"chance level, {chance:.0%}" if result["test_accuracy"] < 1.5 * chance else ""
-
-
-def args_tta(args: Any) -> bool:
-    """Tell whether the lesson tests each image several times, and not the network alone."""
-    return getattr(args, "tta", False)
 
 
 def finite(value: Any) -> Any:

@@ -6,7 +6,7 @@ style and its pictures: no request leaves the folder. Without JavaScript only th
 arrow keys are missing.
 """
 
-from common import ROOT, SIDES
+from common import ROOT, SIDES, figures
 from common.messages import Parser, clear_messages
 from common.proof import hooks
 from common.proof.lessons import lessons
@@ -90,7 +90,7 @@ def _write_language(
         "pages": PAGES,
         "SIDES": SIDES,
         "LETTER": LETTER,
-        "NAMES": {"plain": "plain", "lightning": "Lightning"},
+        "NAMES": figures.SIDES,
         "up": "" if language == "en" else "../",
         "version": PROJECT["version"],
     }
