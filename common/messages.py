@@ -113,6 +113,7 @@ def clear_messages(failed: int = 1) -> Iterator[None]:
             finally:
                 sys.stdout.flush()  # here, where a pipe that is closed can be told
         except BaseException as error:
+            signals.hear_of_no_process()
             _end(error, failed)
 
 
@@ -167,7 +168,8 @@ def _of_the_machine(error: BaseException) -> str | None:
     worker = isinstance(error, RuntimeError) and "DataLoader worker" in text
     # Its end of a pipe may be gone before the system tells of its end.
     broken = isinstance(error, ConnectionError | EOFError) and any(
-        "multiprocessing" in frame.filename for frame in traceback.extract_tb(error.__traceback__)
+        "multiprocessing" in frame.f_code.co_filename
+        for frame, _ in traceback.walk_tb(error.__traceback__)
     )
     if (worker and "Caught" not in text) or broken:
         how = re.search(r"killed by signal: ([\w ]+)", text)

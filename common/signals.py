@@ -45,11 +45,19 @@ def _end(number: int, frame: FrameType | None) -> None:
     if _ending.is_set():
         leave(number)
     _ending.set()
-    if hasattr(signal, "SIGCHLD"):  # by which PyTorch hears that one that loads images has ended
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    hear_of_no_process()
     if number == signal.SIGTERM:
         raise Terminated
     signal.default_int_handler(number, frame)
+
+
+def hear_of_no_process() -> None:
+    """Hear no more of processes that end: of one that loads images, PyTorch raises an error.
+
+    It does so wherever the program is at that moment, also where another error is being told.
+    """
+    with contextlib.suppress(AttributeError, ValueError):  # no such signal; not in the main thread
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def leave(number: int, *_: object) -> NoReturn:

@@ -343,6 +343,27 @@ def test_each_end_has_its_status(error, failed, status, capsys):
     assert isinstance(error, ValueError) or len(said.strip().splitlines()) == 1
 
 
+class SaidWhileOneEnds(BadInput):
+    """An error; while it is put into words, a second process that loads images ends."""
+
+    def __str__(self):
+        os.kill(os.getpid(), signal.SIGCHLD)
+        return super().__str__()
+
+
+def test_an_end_is_told_while_another_process_ends(capsys):
+    def as_pytorch_does(number, frame):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error.")
+
+    usual = signal.signal(signal.SIGCHLD, as_pytorch_does)
+    try:
+        with pytest.raises(SystemExit) as end, clear_messages():
+            raise SaidWhileOneEnds("bad.")
+    finally:
+        signal.signal(signal.SIGCHLD, usual)
+    assert (end.value.code, capsys.readouterr().err) == (2, "error: bad.\n")
+
+
 @pytest.mark.parametrize("text, shown", [
     ("plain", "plain"), ("a\nb", "a\\nb"), ("\x1b[31mred", "\\x1b[31mred"),
     ("\udcff", "\\udcff"), ("\u202ereversed", "\\u202ereversed"), ("Käse ✓", "Käse ✓"),

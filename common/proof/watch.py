@@ -3,7 +3,7 @@
 `watch(main, args)` is what `common.run.run` does with a lesson, and what the tests do.
 """
 
-from common import checkpoints, figures
+from common import checkpoints, figures, signals
 from common.data import Data, Images, count_samples, processes
 from common.folders import (
     EVIDENCE,
@@ -118,6 +118,7 @@ def until_a_step(args: Any) -> Iterator[None]:
         yield
     except BaseException:
         if args.started:
+            signals.hear_of_no_process()  # or its error would break off what follows
             put_back(args.place)
         raise
     finally:
