@@ -33,7 +33,7 @@ WORKERS := -n auto --maxprocesses 4 --dist loadfile
 CPU_ONLY ?=
 # The lessons, in the order in which they are learned; one that is new comes last.
 FILES := $(basename $(notdir $(wildcard plain/*.py)))
-ORDER := cifar fashion callbacks resume optimize parallel speed finetune
+ORDER := cifar fashion callbacks when resume optimize parallel speed finetune
 LESSONS := $(strip $(filter $(FILES),$(ORDER)) $(filter-out $(ORDER),$(FILES)))
 # uv must take the Python of this machine, never fetch one of its own.
 export UV_PYTHON_DOWNLOADS := never
@@ -65,7 +65,7 @@ endif
 .DEFAULT_GOAL := help
 .DEFAULT:
 	$(error $(UNCLEAR))
-.PHONY: help setup quick parity doctor controls cases page notebooks pitfalls ledger hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
+.PHONY: help setup quick parity moments doctor controls cases page notebooks pitfalls ledger hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
 
 help: # print the commands, in groups
 	@echo "usage: make COMMAND [ARGS=\"--max-epochs 5\"]    NAME is a lesson:"
@@ -107,6 +107,9 @@ parity: .venv/ready ## prove it for every lesson, and print one table; only opti
 
 order: .venv/ready ## record the order of one optimizer step on both sides of optimize, and compare
 	@$(BIN)/python -m common.proof.order $(ARGS)
+
+moments: .venv/ready ## record when both sides of when validate, look, save and end; write docs/when.md
+	@$(BIN)/python -m common.proof.moments
 
 ##@ Doctor
 doctor: .venv/ready ## name the first difference of two traced runs: make doctor A=loop.trace B=port.trace

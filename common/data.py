@@ -159,11 +159,23 @@ def count_batches(total: int, limit: int | float) -> int:
     return min(limit, total) if isinstance(limit, int) else int(limit * total)
 
 
+def limit_of(args: Any, split: str) -> tuple[str, int | float]:
+    """Return what limits a split's batches: an option's name, and its value.
+
+    Two options of the Trainer's go before the usual ones.
+    """
+    names = ["overfit_batches"] if split in ("train", "val") else []
+    for name in (*names, "fast_dev_run"):
+        if value := getattr(args, name, 0):
+            return name, value
+    return f"limit_{split}_batches", getattr(args, f"limit_{split}_batches")
+
+
 def count_samples(images: Images, args: Any) -> int:
     """Return how many samples of a split its limit, such as args.limit_train_batches, leaves."""
     size = args.batch_size if images.split == "train" else EVAL_BATCH_SIZE
     batches = math.ceil(len(images) / size)
-    limit = getattr(args, f"limit_{images.split}_batches")
+    _, limit = limit_of(args, images.split)
     return min(count_batches(batches, limit) * size, len(images))
 
 
@@ -328,7 +340,7 @@ def _check_limits(data: Data, args: Any) -> None:
     for images in data:
         size = args.batch_size if images.split == "train" else EVAL_BATCH_SIZE
         batches = math.ceil(len(images) / size)
-        limit = getattr(args, f"limit_{images.split}_batches")
+        name, limit = limit_of(args, images.split)
         if len(images) < devices:
             raise BadInput(
                 f"there are {len(images)} {images.split} images for {devices} devices; use fewer "
@@ -336,13 +348,31 @@ def _check_limits(data: Data, args: Any) -> None:
             )
         if count_batches(batches, limit) < 1:
             raise BadInput(
-                f"--limit-{images.split}-batches {limit} is less than one batch of the {batches} "
+                f"--{name.replace('_', '-')} {limit} is less than one batch of the {batches} "
                 f"there are; use a number of batches, or a larger share."
             )
+    if hasattr(args, "val_check_interval"):
+        _check_interval(len(make_loader(data.train, args)), args)
     last = len(data.train) % args.batch_size or args.batch_size
     backbone = getattr(args, "backbone", "vgg16")  # the only one without BatchNorm
     if 1 in (args.batch_size, last) and backbone != "vgg16":
         raise BadInput(
             f"--batch-size {args.batch_size} makes a batch of one image, over which the "
             f"BatchNorm of {backbone} can take no average; choose another size, or vgg16."
+        )
+
+
+def _check_interval(batches: int, args: Any) -> None:
+    """Refuse an interval between validations that never comes, and a share of the whole run."""
+    interval, n = args.val_check_interval, args.check_val_every_n_epoch
+    if n is None and isinstance(interval, float):
+        raise BadInput(
+            f"--val-check-interval {interval} is a share of an epoch, but with "
+            "--check-val-every-n-epoch None batches are counted over the whole run; give it a "
+            "whole number of batches."
+        )
+    if n and isinstance(interval, int) and interval > batches and not args.fast_dev_run:
+        raise BadInput(
+            f"--val-check-interval {interval} is more than the {batches} batches of an epoch; "
+            "use fewer, or count over the whole run with --check-val-every-n-epoch None."
         )

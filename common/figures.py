@@ -111,12 +111,13 @@ def _curves(result: dict[str, Any]) -> "Figure":
     if not validated:
         return figure
     (right,) = more
-    epochs = range(len(result["val_loss"]))  # from 0 on, as everywhere else
+    epochs = range(len(result["val_loss"]))
+    several = "val_check_interval" in result["hyperparameters"]  # in an epoch
     right.plot(epochs, result["val_accuracy"], "o-", color=BLUE, label="validation accuracy")
     right.plot(epochs, result["val_f1"], "s--", color=ORANGE, label="validation macro F1")
     right.axhline(result["test_accuracy"], color="gray", linestyle=":", label="test accuracy")
     right.set(
-        xlabel="epoch",
+        xlabel=f"{'validation' if several else 'epoch'}, from 0 on",
         ylabel="score, from 0 to 1",
         ylim=(0, 1),
         xticks=epochs[:: 1 + len(epochs) // 20],

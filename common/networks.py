@@ -39,6 +39,7 @@ NETWORKS = (
     Network("cifar", Net, TO_ONE),
     Network("fashion", MLP, None, data="fashionmnist"),
     Network("callbacks", DeepNet, TO_ONE),
+    Network("when", DropoutNet, TO_ONE),
     Network("resume", DropoutNet, TO_ONE),
     Network("optimize", NormNet, TO_ONE),
     Network("parallel", Net, TO_ONE),

@@ -5,7 +5,7 @@ it is its help. `main(args)` trains and returns the network. All else happens he
 threads, the folder, what parity compares, the pictures and the final table.
 """
 
-from common.data import TO_TRAIN_ON, VALIDATION, count_batches, processes
+from common.data import TO_TRAIN_ON, VALIDATION, count_batches, limit_of, processes
 from common.folders import EVIDENCE, is_writable, locked, start_folder
 from common.logger import check_logger
 from common.messages import BadInput, clear_messages
@@ -112,7 +112,8 @@ LOGGED = 10
 # What a number must be, by its option's name. All others must be at least 0.
 AT_LEAST_1 = (
     "max_epochs", "batch_size", "log_every_n_steps", "accumulate_grad_batches", "patience",
-    "checkpoint_every_n_steps", "devices", "num_nodes", "timeout", "threads",
+    "checkpoint_every_n_steps", "check_val_every_n_epoch", "devices", "num_nodes", "timeout",
+    "threads",
 )  # fmt: skip
 SHARES = ("label_smoothing", "ema_decay", "freeze_at")
 MOST = {
@@ -219,9 +220,13 @@ def evidence_file(args: Any) -> Path | None:
 def planned_steps(args: Any) -> int:
     """Return after how many optimizer steps a run can end: where its patience is over, at most."""
     images = TO_TRAIN_ON[data_of(args.lesson)] - VALIDATION
-    batches = count_batches(-(-images // args.batch_size), args.limit_train_batches)
+    batches = count_batches(-(-images // args.batch_size), limit_of(args, "train")[1])
     steps = -(-batches // getattr(args, "accumulate_grad_batches", 1))
-    return steps * min(args.max_epochs, getattr(args, "patience", args.max_epochs) + 1)
+    epochs = args.max_epochs
+    if hasattr(args, "patience") and not hasattr(args, "val_check_interval"):
+        epochs = min(epochs, args.patience + 1)  # there is one validation in each
+    most = getattr(args, "max_steps", -1)
+    return min(steps * epochs, most) if most > 0 else steps * epochs
 
 
 def default_threads(batch_size: int) -> int:
@@ -238,9 +243,13 @@ def _check_number(name: str, value: Any, lesson: str) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
     least, most = int(name in AT_LEAST_1), 1 if name in SHARES else MOST.get(name, 10**9)
-    if name.startswith("limit_"):
+    if name.startswith("limit_") or name in ("val_check_interval", "overfit_batches"):
         wanted = "a whole number of batches from 1 on, or a share in (0, 1] such as 0.1 or 1.0"
         fits = value >= 1 if isinstance(value, int) else 0 < value <= 1
+        if name == "overfit_batches":
+            wanted, fits = f"{wanted}; 0 leaves it out", fits or value == 0
+    elif name == "max_steps":
+        wanted, fits = "a whole number from 1 on, or -1 for no limit", value == -1 or value >= 1
     elif name == "lr":
         most_lr = MOST_LR.get(lesson, 1e38)
         wanted, fits = f"a number above 0, at most {most_lr:g}", 0 < value <= most_lr

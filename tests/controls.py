@@ -13,12 +13,13 @@ import io
 import os
 import sys
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from control import Control, replaced
+from controls_when import WHEN
 from helpers import NOISY, SIDES, Noisy, lessons, train
 from samebits import Diagnosis, Trace, compare
 from torch import nn
@@ -29,23 +30,6 @@ OPTIMIZE = dict(lesson="optimize", schedule="none", gradient_clip_val=0.0, ema_d
                 accumulate_grad_batches=1, label_smoothing=0.0)  # fmt: skip
 # The lesson whose optimizer is Adam.
 ADAM = dict(lesson="callbacks", lr=0.002)
-
-
-@dataclass(frozen=True)
-class Control:
-    """A change, the stage at which it must be found, and how the first cause must begin."""
-
-    side: str
-    stage: str
-    cause: str
-    changes: tuple[tuple[str, str], ...] = ()  # of the lesson's text
-    model: type[nn.Module] | None = None  # another network on that side
-    own: dict[str, Any] = field(default_factory=dict)  # settings of that side alone
-    settings: dict[str, Any] = field(default_factory=dict)  # of both
-
-
-def replaced(side: str, stage: str, cause: str, old: str, new: str, **settings) -> Control:
-    return Control(side, stage, cause, ((old, new),), settings=settings)
 
 
 class DrawnBetween(Noisy):
@@ -297,6 +281,7 @@ CONTROLS: dict[str, Control] = {
     "weights loaded after the training": replaced(
         "plain", "weights", "Weights were loaded after the last step",
         "    return net\n", "    net.head.bias.data.zero_()\n    return net\n"),
+    **WHEN,
 }  # fmt: skip
 
 # Equal runs, of both sides of a lesson: the doctor must find nothing.

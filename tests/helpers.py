@@ -136,7 +136,8 @@ def be_alone(monkeypatch):
 
 # By what name a lesson calls the network that it trains.
 NETWORK_NAMES = {
-    "cifar": "Net", "fashion": "MLP", "callbacks": "DeepNet", "resume": "DropoutNet",
+    "cifar": "Net", "fashion": "MLP", "callbacks": "DeepNet", "when": "DropoutNet",
+    "resume": "DropoutNet",
     "optimize": "NormNet", "parallel": "Net", "speed": "NETWORKS", "finetune": "Transfer",
 }  # fmt: skip
 

@@ -30,6 +30,7 @@ from common.proof.fingerprints import (
 )
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ def told(note: Callable[..., Any]) -> Callable[[Any], Any]:
     """Make an observer that calls `note` with the arguments of each call, before it."""
 
     def observer(usual: Any) -> Any:
+        @functools.wraps(usual)  # the Trainer reads from the signature how to make another loader
         def call(*args: Any, **kwargs: Any) -> Any:
             note(*args, **kwargs)
             return usual(*args, **kwargs)
@@ -184,7 +186,10 @@ class Evidence:
     def _batch(self, usual: Any) -> Any:
         def next_index(loader: Any) -> Any:
             indices = usual(loader)
-            if not isinstance(loader._dataset, Images):
+            sampler = getattr(loader._index_sampler, "sampler", None)
+            ours = isinstance(loader._dataset, Images)  # `_samples` sees their order while training
+            train = ours and loader._dataset.split == "train"
+            if not ours or (train and not isinstance(sampler, EpochSampler)):
                 self.others.setdefault(loader, []).append(indices)
                 self.latest = loader
             return indices

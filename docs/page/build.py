@@ -36,6 +36,7 @@ LEVELS = {
     "cifar": (20, "first steps"),
     "fashion": (30, "first steps"),
     "callbacks": (30, "first steps"),
+    "when": (30, "intermediate"),
     "resume": (45, "advanced"),
     "optimize": (45, "intermediate"),
     "parallel": (60, "advanced"),
