@@ -21,7 +21,7 @@ import tempfile
 import threading
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -41,20 +41,21 @@ def _started_here() -> int:
 
 
 @dataclass(kw_only=True)
-class ProcessOptions(Options):
+class Processes(Options):
     """What a lesson with several processes can also be asked."""
 
     devices: int = field(default_factory=_started_here)
     """one process for each: GPUs, or processes on the CPU where there is none"""
     num_nodes: int = 1  # machines; type the same command on each
     rdzv_endpoint: str = ""  # HOST:PORT, where they meet: the first one's name, and a free port
-    max_restarts: int = 0  # how often all are started again, from the last checkpoint, if one ends
     timeout: int = 300  # seconds for which processes wait for each other
-    ckpt_path: str | None = None
-    """the checkpoint to resume from: last, or a file of the same side, also if other devices wrote
-    it"""
 
-    in_process = staticmethod(in_process)
+    after_failure: ClassVar[str] = "start it again with the same options"
+
+    @classmethod
+    def in_process(cls) -> contextlib.AbstractContextManager[None]:
+        """Return what each process runs the lesson in."""
+        return in_process(cls.after_failure)
 
     def check_devices(self) -> None:
         """Refuse what several processes cannot do; "auto" becomes the CPU where there is no GPU."""
@@ -75,12 +76,24 @@ class ProcessOptions(Options):
         begin(self)
 
 
+@dataclass(kw_only=True)
+class ProcessOptions(Processes):
+    """The same for a lesson that can be resumed."""
+
+    max_restarts: int = 0  # how often all are started again, from the last checkpoint, if one ends
+    ckpt_path: str | None = None
+    """the checkpoint to resume from: last, or a file of the same side, also if other devices wrote
+    it"""
+
+    after_failure: ClassVar[str] = RESUME
+
+
 def _check_devices(args: Any) -> None:
     """Refuse what several processes cannot do.
 
     Without a CUDA GPU, the processes share the CPU: gloo, by which they talk then, knows no MPS.
     """
-    cores = os.cpu_count() or 1
+    cores, strategy = os.cpu_count() or 1, getattr(args, "strategy", "ddp")
     if args.accelerator == "cpu" or (args.accelerator == "auto" and not torch.cuda.is_available()):
         args.accelerator = "cpu"
         if args.devices > 4 * cores:
@@ -88,23 +101,23 @@ def _check_devices(args: Any) -> None:
                 f"--devices {args.devices} asks for as many processes, and {4 * cores} are the "
                 f"most for the {cores} cores here; use --devices {4 * cores}, or GPUs."
             )
-        if args.strategy == "dp" and args.devices > 1:
+        if strategy == "dp" and args.devices > 1:
             raise BadInput(
                 "--strategy dp splits batches over CUDA GPUs, and none is used here; use "
                 "--strategy ddp, which runs on the CPU, too."
             )
-        if args.sync_batchnorm:
+        if getattr(args, "sync_batchnorm", False):
             raise BadInput(
                 "--sync-batchnorm needs CUDA GPUs, and none is used here: PyTorch has it for GPUs "
                 "alone; leave it out."
             )
-    if args.strategy == "dp" and args.num_nodes > 1:
+    if strategy == "dp" and args.num_nodes > 1:
         raise BadInput(
             "--strategy dp is one process, and --num-nodes asks for several machines; use "
             "--strategy ddp."
         )
     if args.side == "lightning":
-        _refuse_what_the_trainer_lacks(args)
+        _refuse_what_the_trainer_lacks(strategy, args.precision)
     host, _, port = args.rdzv_endpoint.rpartition(":")
     # A name on the internet: parts of at most 63 letters, digits and hyphens (RFC 1123).
     part = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
@@ -118,7 +131,7 @@ def _check_devices(args: Any) -> None:
     world = args.devices * args.num_nodes
     told = os.environ.get("WORLD_SIZE", "")
     started = int(told) if told.isdecimal() else world  # what is left over was removed
-    if args.strategy != "dp" and started != world:
+    if strategy != "dp" and started != world:
         raise BadInput(
             f"torchrun started {started} processes, and --devices {args.devices} with "
             f"--num-nodes {args.num_nodes} are {world}; leave out these options, or name the same "
@@ -128,13 +141,13 @@ def _check_devices(args: Any) -> None:
         refuse_batch(args.batch_size, world, args.num_nodes)
 
 
-def _refuse_what_the_trainer_lacks(args: Any) -> None:
-    if args.strategy == "dp":
+def _refuse_what_the_trainer_lacks(strategy: str, precision: str) -> None:
+    if strategy == "dp":
         raise BadInput(
             "--strategy dp is DataParallel, which the Trainer dropped in 2.0; use --strategy ddp, "
             "or the plain side."
         )
-    if args.strategy == "fsdp" and args.precision == "64-true":
+    if strategy == "fsdp" and precision == "64-true":
         raise BadInput(
             "the Trainer's ModelParallelStrategy does not support --precision 64-true; use "
             "--strategy ddp, or the plain side."
@@ -145,8 +158,8 @@ def _start(args: Any) -> None:
     """Start torchrun and wait for it; raise Stopped with the sentence of what went wrong."""
     command = ["--nnodes", f"{args.num_nodes}", "--nproc-per-node"]
     # DataParallel is one process, with a thread for each GPU.
-    command += [f"{1 if args.strategy == 'dp' else args.devices}"]
-    command += ["--max-restarts", f"{args.max_restarts}"]
+    command += [f"{1 if getattr(args, 'strategy', '') == 'dp' else args.devices}"]
+    command += ["--max-restarts", f"{getattr(args, 'max_restarts', 0)}"]
     if args.num_nodes == 1:
         address = "127.0.0.1"
         command += ["--standalone", "--local-addr", address]
@@ -171,10 +184,12 @@ def _start(args: Any) -> None:
             os.environ[BEGUN] = f"{folder}/begun"
             torchrun.run(torchrun.parse_args(command))
     except ChildFailedError as error:
-        raise _ended(error.failures, args.devices * args.num_nodes) from None
+        world = args.devices * args.num_nodes
+        raise _ended(error.failures, world, args.after_failure) from None
     except SignalException as error:
         name = "Ctrl-C" if error.sigval == signal.SIGINT else error.sigval.name
-        raise Stopped(f"Stopped by {name}; {RESUME}.", 128 + error.sigval) from None
+        said = f"Stopped by {name}; {args.after_failure}."
+        raise Stopped(said, 128 + error.sigval) from None
     except RendezvousTimeoutError:
         raise Stopped(
             f"In {args.timeout} seconds not all of the {args.num_nodes} machines came to "
@@ -185,7 +200,8 @@ def _start(args: Any) -> None:
     except RendezvousError as error:
         raise Stopped(
             f"The meeting point {args.rdzv_endpoint} cannot be reached, or the machine that "
-            f"kept it is gone ({error.__cause__ or error}): start again on all; {RESUME}.",
+            f"kept it is gone ({error.__cause__ or error}): start again on all; "
+            f"{args.after_failure}.",
             2,
         ) from None
 
@@ -276,7 +292,7 @@ def _is_free(address: str, port: int) -> bool:
     return True
 
 
-def _ended(failures: dict[int, ProcessFailure], world: int) -> Stopped:
+def _ended(failures: dict[int, ProcessFailure], world: int, advice: str) -> Stopped:
     """Return the sentence about the processes of this machine that failed, by rank."""
     began = min(failure.timestamp for failure in failures.values())
 
@@ -291,10 +307,10 @@ def _ended(failures: dict[int, ProcessFailure], world: int) -> Stopped:
     if failure.exitcode < 0:
         return Stopped(
             f"Process {rank} of {world} was ended by {failure.signal_name()}, and the others "
-            f"with it; what was saved until then is kept: {RESUME}.",
+            f"with it; what was saved until then is kept: {advice}.",
             1,
         )
     if isinstance(failure.message, dict):
         status = 1 if failure.exitcode == LOST else failure.exitcode
         return Stopped(failure.message["message"].strip(), status)
-    return Stopped(f"Process {rank} of {world} failed, with the error above; {RESUME}.", 1)
+    return Stopped(f"Process {rank} of {world} failed, with the error above; {advice}.", 1)

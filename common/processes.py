@@ -44,8 +44,11 @@ LOST = 3  # how a process ends that lost another one: it is not the one to ask w
 
 
 @contextlib.contextmanager
-def in_process() -> Iterator[None]:
-    """Be one of torchrun's processes while the block runs; alone, nothing is done."""
+def in_process(after_failure: str) -> Iterator[None]:
+    """Be one of torchrun's processes while the block runs; alone, nothing is done.
+
+    Where another process is lost, `after_failure` says what to do.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
@@ -71,7 +74,7 @@ def in_process() -> Iterator[None]:
         said = str(error).splitlines()[0]
         raise Stopped(
             f"Another process ended, or was not heard of for --timeout ({said}): the training "
-            f"ends here; {RESUME}.",
+            f"ends here; {after_failure}.",
             LOST,
         ) from None
     if dist.is_initialized():
@@ -158,7 +161,10 @@ def begin(args: Any) -> None:
     restarts, begun = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get(BEGUN)
     again = Path(begun).exists() if begun else restarts != "0"
     agree(mine, args.timeout)
-    if any(leave("started again", again, args.timeout)):
+    restarted = any(leave("started again", again, args.timeout))
+    if not hasattr(args, "ckpt_path"):  # it cannot be resumed
+        return
+    if restarted:
         args.ckpt_path = "last"
     rank = int(os.environ["RANK"])
     if rank == 0 and args.ckpt_path:

@@ -968,7 +968,7 @@ def test_what_was_refused_is_not_tried_again(monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "_end_with", lambda parent: None)
     tries = []
     for _ in range(3):
-        with pytest.raises(BadInput, match=r"^mend it$"), processes.in_process():
+        with pytest.raises(BadInput, match=r"^mend it$"), processes.in_process("start it again"):
             tries.append(1)
             raise BadInput("mend it")
     assert tries == [1]
