@@ -33,7 +33,7 @@ WORKERS := -n auto --maxprocesses 4 --dist loadfile
 CPU_ONLY ?=
 # The lessons, in the order in which they are learned; one that is new comes last.
 FILES := $(basename $(notdir $(wildcard plain/*.py)))
-ORDER := cifar fashion callbacks when resume optimize parallel speed finetune
+ORDER := cifar fashion callbacks when resume optimize parallel fabric speed finetune
 LESSONS := $(strip $(filter $(FILES),$(ORDER)) $(filter-out $(ORDER),$(FILES)))
 # uv must take the Python of this machine, never fetch one of its own.
 export UV_PYTHON_DOWNLOADS := never
@@ -65,7 +65,7 @@ endif
 .DEFAULT_GOAL := help
 .DEFAULT:
 	$(error $(UNCLEAR))
-.PHONY: help setup quick parity moments doctor controls cases page notebooks pitfalls ledger hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
+.PHONY: help setup quick trainer-fabric parity moments doctor controls cases page notebooks pitfalls ledger hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
 
 help: # print the commands, in groups
 	@echo "usage: make COMMAND [ARGS=\"--max-epochs 5\"]    NAME is a lesson:"
@@ -86,6 +86,9 @@ plain-%: .venv/ready FORCE ## train NAME with the loop written by hand; ARGS="--
 
 lightning-%: .venv/ready FORCE ## train NAME with Lightning's Trainer; the same options
 	@$(BIN)/python lightning/$*.py $(MACHINES) $(ARGS)
+
+trainer-fabric: .venv/ready FORCE ## train fabric on its third rung, the Trainer
+	@$(BIN)/python lightning/fabric_trainer.py $(MACHINES) $(ARGS)
 
 diff-%: .venv/ready FORCE ## show both sides of NAME side by side; ARGS='--cell "Training"' one cell of them
 	@$(BIN)/python -m common.proof.sidebyside $* $(ARGS)

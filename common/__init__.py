@@ -10,6 +10,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SIDES = ("plain", "lightning")
+# A lesson can have a third side, "trainer", whose script stands beside Lightning's.
+THIRD = {"fabric": "lightning/fabric_trainer.py"}
+
+
+def sides_of(lesson: str) -> tuple[str, ...]:
+    """Return the names of a lesson's sides."""
+    return (*SIDES, "trainer") if lesson in THIRD else SIDES
+
+
+def script_of(side: str, lesson: str) -> Path:
+    """Return the path of one side's script."""
+    return ROOT / (THIRD[lesson] if side == "trainer" else f"{side}/{lesson}.py")
+
+
+def lesson_and_side(script: Path) -> tuple[str, str]:
+    """Return which lesson and which side a script is of, by its place alone."""
+    path = "/".join(script.absolute().parts[-2:])
+    for lesson, third in THIRD.items():
+        if path == third:
+            return lesson, "trainer"
+    return script.stem, script.absolute().parent.name
+
 
 clean(sys.argv[0] if sys.argv else "")
 one_sentence_during_imports()

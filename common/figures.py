@@ -53,7 +53,8 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def _heading(result: dict[str, Any]) -> str:
-    return f"{result['lesson']}, {SIDES[result['side']]}, on {result['data']}"
+    side = SIDES.get(result["side"], "the Trainer")
+    return f"{result['lesson']}, {side}, on {result['data']}"
 
 
 def _grid(images: Images, words: list[str], colors: list[str], heading: str) -> "Figure":

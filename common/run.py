@@ -5,6 +5,7 @@ it is its help. `main(args)` trains and returns the network. All else happens he
 threads, the folder, what parity compares, the pictures and the final table.
 """
 
+from common import lesson_and_side
 from common.data import TO_TRAIN_ON, VALIDATION, count_batches, limit_of, processes
 from common.folders import EVIDENCE, is_writable, locked, start_folder
 from common.logger import check_logger
@@ -161,8 +162,7 @@ def parse(args_class: type[Options], script: str | Path, argv: Sequence[str] | N
 
 def ready(args: Any, script: str | Path) -> Any:
     """Check a lesson's Args, and add what follows from them; raise BadInput as `parse` does."""
-    path = Path(script).resolve()
-    args.lesson, args.side = path.stem, path.parent.name
+    args.lesson, args.side = lesson_and_side(Path(script).resolve())
     for own in fields(args):
         if isinstance(path_ := getattr(args, own.name), Path):
             setattr(args, own.name, _at_home(own.name, path_))

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from control import Control, replaced
+from controls_fabric import FABRIC
 from controls_when import WHEN
 from helpers import NOISY, SIDES, Noisy, lessons, train
 from samebits import Diagnosis, Trace, compare
@@ -282,6 +283,7 @@ CONTROLS: dict[str, Control] = {
         "plain", "weights", "Weights were loaded after the last step",
         "    return net\n", "    net.head.bias.data.zero_()\n    return net\n"),
     **WHEN,
+    **FABRIC,
 }  # fmt: skip
 
 # Equal runs, of both sides of a lesson: the doctor must find nothing.

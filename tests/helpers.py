@@ -1,8 +1,9 @@
 """What the tests share: loading a lesson, changed or not, and training it on a few images."""
 
-from common import ROOT, SIDES, data, figures, resume, run
+from common import ROOT, SIDES, THIRD, data, figures, resume, run, script_of
 from common.data import Data, Images
 from common.download import is_here, read_real
+from common.environment import WITH_PROCESSES
 from common.models import NETWORKS as NETWORKS_OF_SPEED
 from common.networks import NETWORKS
 from common.proof import watch
@@ -49,7 +50,8 @@ def some(names, every: int = 4) -> list:
 
 def lessons() -> list[str]:
     """The names of all pairs; a script without its twin is an error."""
-    names = [{path.stem for path in (ROOT / side).glob("*.py")} for side in SIDES]
+    third = {(ROOT / path).stem for path in THIRD.values()}  # a lesson's other side, not another
+    names = [{path.stem for path in (ROOT / side).glob("*.py")} - third for side in SIDES]
     assert names[0] == names[1], f"without a twin: {names[0] ^ names[1]}"
     assert names[0], "no pair was found"
     return sorted(names[0])
@@ -137,8 +139,8 @@ def be_alone(monkeypatch):
 # By what name a lesson calls the network that it trains.
 NETWORK_NAMES = {
     "cifar": "Net", "fashion": "MLP", "callbacks": "DeepNet", "when": "DropoutNet",
-    "resume": "DropoutNet",
-    "optimize": "NormNet", "parallel": "Net", "speed": "NETWORKS", "finetune": "Transfer",
+    "resume": "DropoutNet", "optimize": "NormNet", "parallel": "Net", "fabric": "DropoutNet",
+    "speed": "NETWORKS", "finetune": "Transfer",
 }  # fmt: skip
 
 
@@ -151,7 +153,7 @@ def arguments(module, side, lesson, runs_dir, **settings):
     usual |= {"accelerator": "cpu", "log_every_n_steps": 5, "refresh_rate": 0}
     known = {own.name for own in fields(module.Args) if own.init}
     given = {name: value for name, value in usual.items() if name in known} | settings
-    return run.ready(module.Args(**given, runs_dir=runs_dir), ROOT / side / f"{lesson}.py")
+    return run.ready(module.Args(**given, runs_dir=runs_dir), script_of(side, lesson))
 
 
 def train(
@@ -211,5 +213,5 @@ def give(module, images, model, lesson, monkeypatch):
     # The drawing of pictures takes longer than the training of so few steps.
     monkeypatch.setattr(figures, "draw", lambda *_: {})
     monkeypatch.setattr(figures, "SHOWN", 8)  # of the pictures that `callbacks` draws itself
-    if lesson == "parallel" and os.environ.get("WORLD_SIZE", "1") == "1":
+    if lesson in WITH_PROCESSES and os.environ.get("WORLD_SIZE", "1") == "1":
         be_alone(monkeypatch)

@@ -8,6 +8,7 @@ test_machines.py starts torchrun itself.
 from common import ROOT, SIDES, checkpoints, processes, run
 from common import data as data_module
 from common.data import Images
+from common.environment import WITH_PROCESSES
 from common.messages import BadInput, clear_messages
 from common.models import Net, NormNet
 from common.proof import fingerprints
@@ -242,7 +243,7 @@ def train_one(rank, job, monkeypatch):
     if size := settings.pop("eval_size", None):
         monkeypatch.setattr(data_module, "EVAL_BATCH_SIZE", size)
     args = arguments(module, side, lesson, job["runs_dir"], **settings)
-    if lesson == "parallel":
+    if lesson in WITH_PROCESSES:
         processes.begin(args)
     content = io.BytesIO()
 

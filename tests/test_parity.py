@@ -21,7 +21,7 @@ from helpers import (
     train,
 )
 
-CHECKPOINTS = ("callbacks", "finetune", "optimize", "parallel", "resume")  # these leave some
+CHECKPOINTS = ("callbacks", "finetune", "optimize", "parallel", "resume", "when")  # these leave some
 # 120 images: batches of 8 divide them, batches of 16 leave a last one of 8.
 GRID = list(itertools.product((0, 1, 2), (2, 3), (8, 16), (0.02, 0.05), (1, 2)))
 # Some are run by `make test`, all by `make test-slow`. Every value is among them. Two threads wait
@@ -29,8 +29,13 @@ GRID = list(itertools.product((0, 1, 2), (2, 3), (8, 16), (0.02, 0.05), (1, 2)))
 SOME = [GRID[0], GRID[26], GRID[38], GRID[13]]
 
 
-# One optimizer step a batch, as in the other lessons; test_optimize.py accumulates.
-OWN = {"optimize": dict(accumulate_grad_batches=1)}
+# One optimizer step a batch, and a validation at the end of each epoch, as in the other lessons;
+# their own tests try the rest.
+OWN = {
+    "optimize": dict(accumulate_grad_batches=1),
+    "fabric": dict(accumulate_grad_batches=1),
+    "when": dict(val_check_interval=1.0),
+}
 
 
 def both(tmp_path, monkeypatch, lesson="cifar", **settings):

@@ -4,7 +4,7 @@
 differs, traces the steps around it, and lets the doctor name the cause.
 """
 
-from common import ROOT, SIDES, figures
+from common import SIDES, figures, script_of
 from common.folders import write_whole
 from common.messages import clear_messages
 from common.proof.evidence import observed
@@ -61,7 +61,7 @@ class Enough(Exception):
 def trace(side: str, lesson: str, path: Path, first: int, last: int, argv: list[str]) -> None:
     """Train one side of a lesson up to a step, and trace it from another one on."""
     module = load(side, lesson)
-    args = parse(module.Args, ROOT / side / f"{lesson}.py", argv)
+    args = parse(module.Args, script_of(side, lesson), argv)
     torch.set_num_threads(args.threads)
     steps = range(first, last + 1)  # few, so each is recorded in full
     traces: list[samebits.Trace] = []

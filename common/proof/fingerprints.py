@@ -75,5 +75,6 @@ def code_sha256(side: str) -> dict[str, str]:
 
     The side's own files come first: they are what a learner edits.
     """
-    files = [*sorted((ROOT / side).glob("*.py")), *sorted((ROOT / "common").rglob("*.py"))]
+    folder = "lightning" if side == "trainer" else side
+    files = [*sorted((ROOT / folder).glob("*.py")), *sorted((ROOT / "common").rglob("*.py"))]
     return {str(path.relative_to(ROOT)): sha256(path.read_bytes()) for path in files}

@@ -1,6 +1,6 @@
 """Finds the lessons, and loads one without running it."""
 
-from common import ROOT
+from common import ROOT, script_of
 from common.networks import NETWORKS
 
 import contextlib
@@ -21,7 +21,7 @@ def load(side: str, name: str, *changes: tuple[str, str]) -> ModuleType:
     path, as when Python runs the script, and its siblings are forgotten afterwards. Raises
     ValueError where an old text does not stand there just once.
     """
-    path = ROOT / side / f"{name}.py"
+    path = script_of(side, name)
     source = path.read_text(encoding="utf-8")
     for old, new in changes:
         if source.count(old) != 1:
@@ -30,7 +30,7 @@ def load(side: str, name: str, *changes: tuple[str, str]) -> ModuleType:
     module = ModuleType(f"{side}_{name}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where dataclasses look for it
-    with on_the_path(side):
+    with on_the_path(path.parent.name):
         exec(compile(source, str(path), "exec"), module.__dict__)
     return module
 

@@ -5,7 +5,7 @@ options, compares the two results and prints a table. Without a lesson it does s
 and ends with one table. Exit status 0: all agree; 1: they differ; 2: they cannot be compared.
 """
 
-from common import ROOT, SIDES, pretrained, results
+from common import ROOT, pretrained, results, script_of, sides_of
 from common.data import is_here
 from common.messages import BadInput, clear_messages, printable
 from common.networks import data_of
@@ -54,23 +54,24 @@ def main(argv: list[str]) -> int:
                 "away for the new one; copy the file elsewhere and name the copy."
             )
         ran = []
-        for side in SIDES:
+        for side in sides_of(args.lesson):
             ran.append(run_if_needed(side, args, argv))
             if ran[-1]:
                 return ran[-1]
-        if ran == [None, None]:
+        if not any(status is not None for status in ran):
             folder = printable(f"{args.runs_dir / args.lesson}/")
-            print(f"Both sides have been run with these settings: comparing what is in {folder}.")
-        a, b = (read_result(side, args) for side in SIDES)
-        pairs.append((a, b, compare_results(a, b)))
-        show(*pairs[-1])
+            print(f"All sides have been run with these settings: comparing what is in {folder}.")
+        a, b, *third = (read_result(side, args) for side in sides_of(args.lesson))
+        for other in (b, *third):
+            pairs.append((a, other, compare_results(a, other)))
+            show(*pairs[-1])
         losses = [a["train_loss"], b["train_loss"]]
-        if first := pairs[-1][2].first_difference:
+        if first := compare_results(a, b).first_difference:
             print(explain(args, argv, first.name, losses))
         picture = args.runs_dir / args.lesson / "parity.png"
         draw(losses, f"{args.lesson} on {a['data']}: both sides", picture)
         print(printable(f"Both loss curves, and their difference: {picture}"))
-        proof = json.dumps(as_data(*pairs[-1]), indent=1)
+        proof = json.dumps(as_data(a, b, compare_results(a, b)), indent=1)
         picture.with_suffix(".json").write_text(f"{proof}\n", encoding="utf-8")
     if len(pairs) > 1:
         show_all(pairs)
@@ -88,7 +89,7 @@ def run_if_needed(side: str, args: Any, argv: list[str]) -> int | None:
     if not reason:
         return None
     print(f"{reason}: running the {side} side of {args.lesson}.", flush=True)
-    command = [sys.executable, str(ROOT / side / f"{args.lesson}.py"), *argv]
+    command = [sys.executable, str(script_of(side, args.lesson)), *argv]
     status = _wait_for(subprocess.Popen(command))
     if status < 0:
         name = signal.Signals(-status).name
@@ -183,7 +184,7 @@ def print_stages(title: str, comparison: Comparison, *more: tuple[str, str, str]
 
 def show_all(pairs: list[tuple[Result, Result, Comparison]]) -> None:
     """Print one table of all lessons."""
-    table = Table(title="all lessons: plain and lightning", title_justify="left")
+    table = Table(title="all lessons: plain and the others", title_justify="left")
     for name in ("lesson", "data"):
         table.add_column(name)
     for name in ("batches", "compared", "test accuracy", "train seconds"):
@@ -192,7 +193,7 @@ def show_all(pairs: list[tuple[Result, Result, Comparison]]) -> None:
     for a, b, comparison in pairs:
         first = comparison.first_difference
         table.add_row(
-            a["lesson"],
+            a["lesson"] + ("" if b["side"] == "lightning" else f", {b['side']}"),
             a["data"],
             f"{len(a['train_loss']):,}",
             f"{sum(stage.compared for stage in comparison.stages):,}",
@@ -202,7 +203,7 @@ def show_all(pairs: list[tuple[Result, Result, Comparison]]) -> None:
         )
     Console().print(table)
     agreeing = sum(comparison.agree for _, _, comparison in pairs)
-    print(f"The two sides agree in {agreeing} of {len(pairs)} lessons.")
+    print(f"The sides agree in {agreeing} of {len(pairs)} comparisons.")
 
 
 if __name__ == "__main__":

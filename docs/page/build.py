@@ -40,6 +40,7 @@ LEVELS = {
     "resume": (45, "advanced"),
     "optimize": (45, "intermediate"),
     "parallel": (60, "advanced"),
+    "fabric": (30, "intermediate"),
     "speed": (30, "intermediate"),
     "finetune": (30, "intermediate"),
 }
@@ -91,7 +92,7 @@ def _write_language(
         "pages": PAGES,
         "SIDES": SIDES,
         "LETTER": LETTER,
-        "NAMES": figures.SIDES,
+        "NAMES": figures.SIDES | {"trainer": "Trainer"},
         "up": "" if language == "en" else "../",
         "version": PROJECT["version"],
     }

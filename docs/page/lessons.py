@@ -1,6 +1,6 @@
 """What a lesson's page shows: both scripts, cell by cell and side by side, and the ledger."""
 
-from common import ROOT, SIDES
+from common import ROOT, SIDES, THIRD, script_of
 from common.proof import ledger
 
 import difflib
@@ -12,7 +12,11 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-LETTER = {"plain": "P", "lightning": "L"}  # an address such as cifar.html#P96 is a line
+LETTER = {
+    "plain": "P",
+    "lightning": "L",
+    "trainer": "T",
+}  # an address such as cifar.html#P96 is a line
 PYTHON = PythonLexer(stripnl=False)
 
 
@@ -113,11 +117,21 @@ def read_ledger() -> list[Row]:
 
 @dataclass
 class Lesson:
-    """A lesson's cells, as (title, pairs of blocks), and its rows of the ledger by their number."""
+    """A lesson's cells, as (title, pairs of blocks), and its rows of the ledger by their number.
+
+    `third` has the cells of a third side's script by their titles, where there is one.
+    """
 
     name: str
     cells: list[tuple[str, list[tuple[list[Line], list[Line]]]]]
     rows: dict[int, Row]
+    third: dict[str, list[Line]]
+
+    @property
+    def scripts(self) -> dict[str, str]:
+        """Return the path of each side's script, within the repository."""
+        sides = [*SIDES, "trainer"] if self.third else SIDES
+        return {side: script_of(side, self.name).relative_to(ROOT).as_posix() for side in sides}
 
     def crowded(self) -> list[Line]:
         """Return the lines of Lightning's side that several behaviours hang on."""
@@ -150,4 +164,9 @@ def read_lesson(name: str, rows: list[Row]) -> Lesson:
                     lines[number].rows.append(row.number)
     titles = [title for title in sides["plain"] if title]
     pairs = [(title, blocks(*(sides[side][title] for side in SIDES))) for title in titles]
-    return Lesson(name, pairs, own)
+    third = read_cells(script_of("trainer", name).read_text("utf-8")) if name in THIRD else {}
+    for title, lines in third.items():
+        shared = {line.source.strip() for line in sides["lightning"].get(title, [])}
+        for line in lines:
+            line.same = line.source.strip() in shared
+    return Lesson(name, pairs, own, third)

@@ -5,6 +5,7 @@ that the committed files are current.
 """
 
 from common import ROOT, SIDES
+from common.environment import WITH_PROCESSES
 from common.messages import clear_messages
 from common.proof.lessons import lessons
 from common.proof.sidebyside import cells
@@ -83,7 +84,7 @@ def notebook(lesson: str) -> nbformat.NotebookNode:
                 made.append(new_markdown_cell(f"*{side}*: " + re.sub(r"#:? ?", "", code.strip())))
     chosen = SHORT | OPTIONS.get(lesson, {})
     proof = PROVE.format(lesson=lesson, options=", ".join(f"{k}={v!r}" for k, v in chosen.items()))
-    if lesson == "parallel":
+    if lesson in WITH_PROCESSES:
         options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in chosen.items())
         proof = PROVE_BY_COMMAND.format(lesson=lesson, options=options)
     made += [new_markdown_cell("## The proof"), new_code_cell(proof)]

@@ -1,6 +1,6 @@
 """Pages in Markdown as HTML: translated before they are parsed, with links to other pages."""
 
-from common import ROOT, SIDES
+from common import ROOT, SIDES, THIRD
 from common.proof.lessons import lessons
 from docs.page.lessons import LETTER, PYTHON
 from docs.page.texts import Texts
@@ -85,6 +85,9 @@ def target(url: str, folder: str, source: str, language: str) -> str:
         return f"{TOP[name]}{anchor}"
     if parts[0] == "docs" and name.endswith(".md") and len(parts) == 2:
         return f"{stem}.html{anchor}"
+    for lesson, third in THIRD.items():
+        if name == third:
+            return f"{lesson}.html" + (anchor.replace("#L", "#T") or "#trainer")
     if parts[0] in SIDES and stem in lessons():
         letter = LETTER[parts[0]]
         return f"{stem}.html" + (anchor.replace("#L", f"#{letter}") or f"#{parts[0]}")
@@ -93,12 +96,12 @@ def target(url: str, folder: str, source: str, language: str) -> str:
     return f"{source}/{name}{anchor}"
 
 
-def split_page(page: str) -> tuple[str, str, dict[str, tuple[str, str]], str]:
-    """Return a lesson's page as title, beginning, what each cell does on both sides, the rest."""
+def split_page(page: str) -> tuple[str, str, dict[str, list[str]], str]:
+    """Return a lesson's page as title, beginning, what each cell does on each side, the rest."""
     table = re.search(r"^\| cell \|.*?\n\n", page, re.MULTILINE | re.DOTALL)
     if table is None:
         raise ValueError(f"this page has no table of cells: {page[:60]}")
     title, start = page[: table.start()].split("\n", 1)
     rows = [[c.strip() for c in line.strip("|").split(" | ")] for line in table[0].splitlines()[2:]]
-    does = {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
+    does = {row[0]: row[1:] for row in rows if len(row) >= 3}
     return title.lstrip("# "), start, does, page[table.end() :]
