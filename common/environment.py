@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 # Lessons that torchrun starts once for each device; all others are one process.
-WITH_PROCESSES = ("parallel", "fabric", "fabric_trainer")
+WITH_PROCESSES = ("parallel", "fabric", "fabric_trainer", "predict")
 # By torchrun; by SLURM, LSF and others, whose own ways to start processes no lesson uses. And what
 # Lightning takes for an argument of the Trainer.
 LEFT_OVER = re.compile(

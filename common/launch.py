@@ -117,7 +117,7 @@ def _check_devices(args: Any) -> None:
             "--strategy ddp."
         )
     if args.side == "lightning":
-        _refuse_what_the_trainer_lacks(strategy, args.precision)
+        _refuse_what_the_trainer_lacks(strategy, getattr(args, "precision", ""))
     host, _, port = args.rdzv_endpoint.rpartition(":")
     # A name on the internet: parts of at most 63 letters, digits and hyphens (RFC 1123).
     part = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"

@@ -45,6 +45,7 @@ NETWORKS = (
     Network("parallel", Net, TO_ONE),
     Network("parallel", NormNet, TO_ONE, choice="batch norm"),
     Network("fabric", DropoutNet, TO_ONE),
+    Network("predict", NormNet, TO_ONE),
     Network("speed", Net, CIFAR10),
     Network("speed", SmallNet, CIFAR10, choice="small"),
     Network("speed", Airbench, CIFAR10, choice="airbench"),

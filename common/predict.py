@@ -7,9 +7,11 @@ from common.checkpoints import fill, read, weights
 from common.data import Images
 from common.files import open_regular, read_bytes
 from common.messages import BadInput, Parser, clear_messages, printable
-from common.networks import Network, identify
+from common.networks import NETWORKS, Network, identify
+from common.run import check_onnx
 
 import contextlib
+import importlib
 import json
 import sys
 import warnings
@@ -107,16 +109,46 @@ def about(content: dict[str, Any], path: Path) -> dict[str, Any]:
     return known | settings if isinstance(settings, dict) else known
 
 
+def answer_of_onnx(path: Path, inputs: Tensor) -> Tensor:
+    """Return the logits of an exported network, [1, classes], by onnxruntime.
+
+    Raises BadInput where the package is missing, or the file is no network for these inputs.
+    """
+    check_onnx(f"'{path}'")
+    with open_regular(path):  # refuses what is missing, no file, or not to be read
+        pass
+    runtime: Any = importlib.import_module("onnxruntime")
+    try:
+        session = runtime.InferenceSession(str(path))
+        name = session.get_inputs()[0].name
+        (answer,) = session.run(None, {name: inputs.numpy()})
+    except Exception as error:  # onnxruntime has a dozen kinds, and none that all share
+        said = str(error).splitlines()[0][:200]
+        raise BadInput(
+            f"'{path}' is no network that classifies such pictures ({said}); name a model.onnx "
+            "that the lesson predict wrote with --onnx."
+        ) from None
+    logits = torch.from_numpy(np.asarray(answer))
+    if logits.ndim != 2 or len(logits) != 1 or not logits.is_floating_point():
+        raise BadInput(f"'{path}' answers with {tuple(logits.shape)}, expected one row of logits.")
+    return logits
+
+
 def main(argv: list[str]) -> None:
     """Print a table of the likeliest classes of a picture, and the verdict."""
     parser = Parser(prog="common.predict", description="Say what is on a picture.")
-    parser.add_argument("checkpoint", help="weights.pt or a .ckpt file that a lesson wrote")
+    parser.add_argument("checkpoint", help="weights.pt, a .ckpt or an .onnx file of a lesson")
     parser.add_argument("image", help="a picture file")
     arguments = parser.parse_args(argv)
     for name in ("checkpoint", "image"):
         if not getattr(arguments, name):
             raise BadInput(f"no {name} was named; name both files, as in: {EXAMPLE}")
     path, image = Path(arguments.checkpoint), Path(arguments.image)
+    if path.suffix == ".onnx":
+        network = next(network for network in NETWORKS if network.lesson == "predict")
+        shares = answer_of_onnx(path, picture(image, network)).softmax(1)[0]
+        show(finite(shares, path), network, about({}, path), image)
+        return
     content = read(path)
     known = about(content, path)
     network = identify(weights(content, path), known.get("lesson"))
@@ -130,12 +162,17 @@ def main(argv: list[str]) -> None:
         # Right for log-probabilities too, which some networks give: softmax of the logarithms of
         # numbers that add up to 1 gives these numbers again.
         shares = model(inputs).softmax(1)[0]
+    show(finite(shares, path), network, known, image)
+
+
+def finite(shares: Tensor, path: Path) -> Tensor:
+    """Return probabilities; raise BadInput where they are no numbers."""
     if not shares.isfinite().all():
         raise BadInput(
             f"the network in '{path}' answers with what is not a number: its training failed; "
             "train it again with a smaller --lr."
         )
-    show(shares, network, known, image)
+    return shares
 
 
 def show(shares: Tensor, network: Network, known: dict[str, Any], image: Path) -> None:

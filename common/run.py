@@ -13,6 +13,7 @@ from common.messages import BadInput, clear_messages
 from common.networks import data_of
 
 import contextlib
+import importlib.util
 import inspect
 import os
 import re
@@ -185,6 +186,8 @@ def ready(args: Any, script: str | Path) -> Any:
         args.log_every_n_steps = min(default, max(1, planned_steps(args) // LOGGED))
     if hasattr(args, "logger"):
         check_logger(args.logger)
+    if getattr(args, "onnx", False):
+        check_onnx("--onnx")
     # Lightning's logger takes both for addresses, and would write elsewhere, or fail at its end.
     if fault := next((each for each in ("::", "://") if each in str(args.runs_dir.absolute())), ""):
         raise BadInput(
@@ -199,6 +202,16 @@ def ready(args: Any, script: str | Path) -> Any:
             "results."
         )
     return args
+
+
+def check_onnx(what: str) -> None:
+    """Raise BadInput where a package of the extra onnx is missing; `what` needs it."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise BadInput(
+                f"{what} needs the package {package}, which is not installed; install the extra "
+                'onnx: pip install -e ".[onnx]".'
+            )
 
 
 def _at_home(name: str, path: Path) -> Path:

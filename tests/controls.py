@@ -20,6 +20,7 @@ import pytest
 import torch
 from control import Control, replaced
 from controls_fabric import FABRIC
+from controls_predict import PREDICT
 from controls_when import WHEN
 from helpers import NOISY, SIDES, Noisy, lessons, train
 from samebits import Diagnosis, Trace, compare
@@ -284,6 +285,7 @@ CONTROLS: dict[str, Control] = {
         "    return net\n", "    net.head.bias.data.zero_()\n    return net\n"),
     **WHEN,
     **FABRIC,
+    **PREDICT,
 }  # fmt: skip
 
 # Equal runs, of both sides of a lesson: the doctor must find nothing.

@@ -140,7 +140,7 @@ def be_alone(monkeypatch):
 NETWORK_NAMES = {
     "cifar": "Net", "fashion": "MLP", "callbacks": "DeepNet", "when": "DropoutNet",
     "resume": "DropoutNet", "optimize": "NormNet", "parallel": "Net", "fabric": "DropoutNet",
-    "speed": "NETWORKS", "finetune": "Transfer",
+    "predict": "NormNet", "speed": "NETWORKS", "finetune": "Transfer",
 }  # fmt: skip
 
 

@@ -21,7 +21,14 @@ from helpers import (
     train,
 )
 
-CHECKPOINTS = ("callbacks", "finetune", "optimize", "parallel", "resume", "when")  # these leave some
+CHECKPOINTS = (
+    "callbacks",
+    "finetune",
+    "optimize",
+    "parallel",
+    "resume",
+    "when",
+)  # these leave some
 # 120 images: batches of 8 divide them, batches of 16 leave a last one of 8.
 GRID = list(itertools.product((0, 1, 2), (2, 3), (8, 16), (0.02, 0.05), (1, 2)))
 # Some are run by `make test`, all by `make test-slow`. Every value is among them. Two threads wait

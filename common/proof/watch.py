@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -174,13 +175,19 @@ def hyperparameters(args: Any) -> dict[str, Any]:
 
 
 def written(folder: Path) -> dict[str, str]:
-    """Say what the checkpoints hold that a run left: epoch, step and a digest of the weights."""
+    """Say what the checkpoints hold that a run left: epoch, step and a digest of the weights.
+
+    And how many answers it wrote, with their digest.
+    """
     found, steps = {}, sorted((folder / "checkpoints").glob("step_*.ckpt"))
     for path in [*sorted((folder / "checkpoints").glob("[bl]*.ckpt")), *steps[-1:]]:  # best, last
         content = checkpoints.read(path)
         weights = fingerprints(checkpoints.weights(content, path))
         digest = sha256(json.dumps(weights, sort_keys=True).encode())[:8]
         found[path.name] = f"epoch {content['epoch']}, step {content['global_step']:,}, {digest}"
+    if (path := folder / "answers.npy").is_file():  # what the network said, one row for each image
+        answers = np.load(path, allow_pickle=False)
+        found[path.name] = f"{len(answers):,} answers, {sha256(answers.tobytes())[:8]}"
     return found
 
 

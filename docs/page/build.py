@@ -41,6 +41,7 @@ LEVELS = {
     "optimize": (45, "intermediate"),
     "parallel": (60, "advanced"),
     "fabric": (30, "intermediate"),
+    "predict": (20, "intermediate"),
     "speed": (30, "intermediate"),
     "finetune": (30, "intermediate"),
 }
