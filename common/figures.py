@@ -38,7 +38,7 @@ def draw(
     """
     figures = {
         "samples.png": _samples(data),
-        "curves.png": _curves(result),
+        "curves.png": curves(result),
         "confusion.png": _confusion(data, result),
         "predictions.png": _predictions(model, data, result),
     }
@@ -88,9 +88,10 @@ def _samples(data: Data) -> "Figure":
     return _grid(data.train, words, [GREY] * len(words), f"{data.name}: images to train on")
 
 
-def _curves(result: dict[str, Any]) -> "Figure":
+def curves(result: dict[str, Any]) -> "Figure":
     """Draw the training loss, its mean and its spread, and the validation results."""
-    validated = bool(result["val_loss"])  # without a validation there is one panel alone
+    scores = {k: v for k, v in result.get("scores", {}).items() if k.startswith("val_")}
+    validated = bool(scores or result.get("val_loss"))  # without one there is one panel alone
     figure = _figure(10 if validated else 5.5, 4)
     figure.suptitle(_heading(result))
     sides = {"left": 0.07 if validated else 0.12, "right": 0.98, "bottom": 0.13, "wspace": 0.2}
@@ -112,6 +113,12 @@ def _curves(result: dict[str, Any]) -> "Figure":
     if not validated:
         return figure
     (right,) = more
+    if scores:
+        for (name, values), style in zip(scores.items(), ("o-", "s--", "^:"), strict=False):
+            right.plot(values, style, label=name.replace("val_", "validation ").replace("_", " "))
+        right.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+        right.legend()
+        return figure
     epochs = range(len(result["val_loss"]))
     several = "val_check_interval" in result["hyperparameters"]  # in an epoch
     right.plot(epochs, result["val_accuracy"], "o-", color=BLUE, label="validation accuracy")

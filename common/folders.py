@@ -208,10 +208,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_metrics(folder: str | Path, stage: str) -> list[dict[str, float]]:
-    """Return the rows of metrics.csv that belong to a stage: its loss, accuracy and f1."""
-    names = ("loss", "accuracy", "f1")
-    return [
-        {name: row[f"{stage}_{name}"] for name in names}
-        for row in read_rows(folder)
-        if f"{stage}_loss" in row
-    ]
+    """Return the rows of metrics.csv that belong to a stage: its loss, accuracy and what it has."""
+    found = []
+    for row in read_rows(folder):
+        own = {k.removeprefix(f"{stage}_"): v for k, v in row.items() if k.startswith(f"{stage}_")}
+        found += [own] if own else []
+    return found

@@ -26,6 +26,7 @@ class Network:
     normalize: Normalize | None
     data: str = "cifar10"
     choice: str = ""
+    classifies: bool = True  # else it has losses alone: no accuracy and no confusion matrix
 
     @property
     def title(self) -> str:
@@ -59,6 +60,11 @@ NETWORKS = (
 def data_of(lesson: str) -> str:
     """Return the data set whose images a lesson takes; that of most, for a script that is none."""
     return next((network.data for network in NETWORKS if network.lesson == lesson), "cifar10")
+
+
+def classifies(lesson: str) -> bool:
+    """Tell whether a lesson's network names a class for each image; a script that is none does."""
+    return all(network.classifies for network in NETWORKS if network.lesson == lesson)
 
 
 def identify(weights: Mapping[str, Tensor], lesson: str | None = None) -> Network:

@@ -22,14 +22,6 @@ FORM: dict[Any, Any] = {
     "device": TEXT,
     "threads": WHOLE,
     "train_loss": [SCORE],
-    "val_loss": [SCORE],
-    "val_accuracy": [NUMBER],
-    "val_f1": [SCORE],
-    "test_loss": SCORE,
-    "test_accuracy": NUMBER,
-    "test_f1": SCORE,
-    "test_accuracy_per_class": {NAMED: NUMBER},
-    "confusion_matrix": [[WHOLE]],
     "checkpoints": {NAMED: TEXT},
     "train_seconds": NUMBER,
     "weights_sha256": TEXT,
@@ -41,6 +33,18 @@ FORM: dict[Any, Any] = {
         "optimizer": {},
         "random": {NAMED: TEXT},
     },
+}
+
+# And of a network that names classes; of another one, "scores".
+OF_CLASSIFIER: dict[Any, Any] = {
+    "val_loss": [SCORE],
+    "val_accuracy": [NUMBER],
+    "val_f1": [SCORE],
+    "test_loss": SCORE,
+    "test_accuracy": NUMBER,
+    "test_f1": SCORE,
+    "test_accuracy_per_class": {NAMED: NUMBER},
+    "confusion_matrix": [[WHOLE]],
 }
 
 
@@ -60,15 +64,31 @@ def read(path: Path) -> dict[str, Any]:
         _refuse(path, "is cut short or altered")
     if not isinstance(result, dict):
         _refuse(path, f"holds a {type(result).__name__}, and no result")
-    for name, form in FORM.items():
+    scores = result.get("scores")
+    own = OF_CLASSIFIER if scores is None else {}
+    for name, form in (FORM | own).items():
         if name not in result or not _fits(result[name], form):
             _refuse(path, f"lacks {name!r}, or has it in another form")
+    if scores is not None:
+        _check_scores(scores, path)
+        return result
     accuracy, counts = result["test_accuracy_per_class"], result["confusion_matrix"]
     if not 0 <= result["test_accuracy"] <= 1 or not accuracy:
         _refuse(path, "has an accuracy that is none")
     if {len(row) for row in [counts, *counts]} != {10} or sum(map(sum, counts)) < 1:
         _refuse(path, "has a 'confusion_matrix' of other than ten classes")
     return result
+
+
+def _check_scores(scores: Any, path: Path) -> None:
+    """Refuse scores that are not of each validation a list, of the test a number."""
+    forms = {"val_": [SCORE], "test_": SCORE}
+    for name, value in scores.items() if isinstance(scores, dict) else [("", None)]:
+        form = next((form for start, form in forms.items() if name.startswith(start)), None)
+        if form is None or not _fits(value, form):
+            _refuse(path, "has 'scores' in another form")
+    if not any(name.startswith("test_") for name in scores):
+        _refuse(path, "has no test among its 'scores'")
 
 
 def _fits(value: Any, form: Any) -> bool:

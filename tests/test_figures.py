@@ -94,7 +94,7 @@ def result(losses, validated=3):
 
 @pytest.mark.parametrize("steps", [1, 30, 99, 100, 1234])
 def test_the_losses_are_drawn_as_means_and_their_spread(steps):
-    figure = figures._curves(result([1.0 + n % 2 for n in range(steps)]))
+    figure = figures.curves(result([1.0 + n % 2 for n in range(steps)]))
     left, right = figure.axes
     (line,) = left.get_lines()
     group = max(1, steps // 50)
@@ -107,4 +107,4 @@ def test_the_losses_are_drawn_as_means_and_their_spread(steps):
 
 
 def test_a_panel_without_values_is_left_out():
-    assert len(figures._curves(result([1.0, None, 2.0], validated=0)).axes) == 1
+    assert len(figures.curves(result([1.0, None, 2.0], validated=0)).axes) == 1

@@ -130,6 +130,8 @@ def _steps(a: Result, b: Result) -> tuple[int, str | None]:
 
 def _metrics(a: Result, b: Result) -> tuple[int, str | None]:
     """Check the counts, which must be equal, and the averages, within RELATIVE of each other."""
+    if "scores" in a or "scores" in b:
+        return _scores(a, b)
     if a["confusion_matrix"] != b["confusion_matrix"]:
         return 1, "the confusion matrices"
     compared = 1
@@ -149,6 +151,32 @@ def _metrics(a: Result, b: Result) -> tuple[int, str | None]:
         if not math.isclose(ours.get(name, -1), theirs.get(name, -1), rel_tol=RELATIVE):
             return compared, f"accuracy of {name}: {_sides(a, ours.get(name), b, theirs.get(name))}"
     return compared, None
+
+
+def _scores(a: Result, b: Result) -> tuple[int, str | None]:
+    """Check what a network that names no classes was measured by: losses."""
+    ours, theirs = a.get("scores", {}), b.get("scores", {})
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        return len(ours), f"{name} is there only in {a['side'] if name in ours else b['side']}"
+    compared = 0
+    for name in ours:
+        values = _list(ours[name]), _list(theirs[name])
+        if len(values[0]) != len(values[1]):
+            lengths = _sides(a, len(values[0]), b, len(values[1]))
+            return compared, f"{name}, epochs: {lengths}"
+        for x, y in zip(*values, strict=True):
+            compared += 1
+            if x is None or y is None or not math.isclose(x, y, rel_tol=RELATIVE):
+                return compared, f"{name}: {_sides(a, x, b, y)}"
+    return compared, None
+
+
+def measure(result: Result) -> str:
+    """Name what the test gave in a few words: the accuracy, or the first loss."""
+    if "scores" not in result:
+        return f"test accuracy {result['test_accuracy']:.2%}"
+    name, value = next((n, v) for n, v in result["scores"].items() if n.startswith("test_"))
+    return f"{name.replace('_', ' ')} {value if value is None else round(value, 4)}"
 
 
 def _checkpoints(a: Result, b: Result) -> tuple[int, str | None]:
@@ -215,7 +243,7 @@ def as_data(a: Result, b: Result, comparison: Comparison) -> dict[str, Any]:
         "data": a["data"],
         "versions": {k: v for k, v in a["versions"].items() if k != "system"},
         "batches": len(a["train_loss"]),
-        "test_accuracy": a["test_accuracy"],
+        "test_accuracy": a.get("test_accuracy"),
         "agree": comparison.agree,
         "stages": [[NAMES[s.name], s.compared, s.difference] for s in comparison.stages],
         "steps_in_a_mean": group,

@@ -9,7 +9,14 @@ from common import ROOT, pretrained, results, script_of, sides_of
 from common.data import is_here
 from common.messages import BadInput, clear_messages, printable
 from common.networks import data_of
-from common.proof.compare import NAMES, RELATIVE, Comparison, as_data, compare_results
+from common.proof.compare import (
+    NAMES,
+    RELATIVE,
+    Comparison,
+    as_data,
+    compare_results,
+    measure,
+)
 from common.proof.explain import draw, explain
 from common.proof.fingerprints import code_sha256, versions
 from common.proof.lessons import lessons, load
@@ -154,8 +161,7 @@ def show(a: Result, b: Result, comparison: Comparison) -> None:
     times = ", ".join(f"{result['side']} {result['train_seconds']:.1f}" for result in (a, b))
     print_stages(title, comparison, ("seconds of training", "", times))
     if comparison.agree:
-        steps, accuracy = len(a["train_loss"]), a["test_accuracy"]
-        print(f"The two sides agree: {steps:,} batches, test accuracy {accuracy:.2%}.")
+        print(f"The two sides agree: {len(a['train_loss']):,} batches, {measure(a)}.")
         if chance := at_chance(a):
             print(f"Both are still at {chance}: they agree, but there was little to agree on.")
 
@@ -187,7 +193,7 @@ def show_all(pairs: list[tuple[Result, Result, Comparison]]) -> None:
     table = Table(title="all lessons: plain and the others", title_justify="left")
     for name in ("lesson", "data"):
         table.add_column(name)
-    for name in ("batches", "compared", "test accuracy", "train seconds"):
+    for name in ("batches", "compared", "test", "train seconds"):
         table.add_column(name, justify="right")
     table.add_column("result")
     for a, b, comparison in pairs:
@@ -197,7 +203,7 @@ def show_all(pairs: list[tuple[Result, Result, Comparison]]) -> None:
             a["data"],
             f"{len(a['train_loss']):,}",
             f"{sum(stage.compared for stage in comparison.stages):,}",
-            f"{a['test_accuracy']:.2%}",
+            measure(a).removeprefix("test accuracy "),
             f"{a['train_seconds']:.1f}, {b['train_seconds']:.1f}",
             f"DIFFERENT: {NAMES[first.name]}" if first else "equal",
         )

@@ -15,6 +15,7 @@ from common.folders import (
     write_whole,
 )
 from common.messages import notice, printable
+from common.networks import classifies
 from common.proof.evidence import Evidence
 from common.proof.fingerprints import code_sha256, fingerprints, sha256, versions
 from common.run import evidence_file
@@ -57,31 +58,28 @@ def _watch(main: Callable[[Any], nn.Module], args: Any) -> Result:
     # The Trainer has moved the network back to the CPU: it is tested again where it was trained.
     device = evidence.device or next(net.parameters()).device
     net.to(device)
-    folder, test = args.folder, evidence.images["test"]
+    folder = args.folder
     if args.rows_before:  # the logger of each process begins metrics.csv anew
         write_rows(folder / "metrics.csv", [*args.rows_before, *read_rows(folder)])
-    val, rows = read_metrics(folder, "val"), read_metrics(folder, "test")
-    counts = confusion(net, test, count_samples(test, args), getattr(args, "precision", ""))
-    # With --fast-dev-run nothing is logged.
-    tested = rows[-1] if rows else averages(net, test, count_samples(test, args), counts)
-    per_class = (counts.diag() / counts.sum(1).clamp(min=1)).tolist()
+    is_classifier = classifies(args.lesson)
+    if is_classifier:
+        measured = of_classifier(net, evidence.images["test"], args)
+    else:
+        measured = {"scores": scores(folder)}
     content = io.BytesIO()  # into a file by name, torch.save would write that name too
     torch.save({name: value.detach().cpu() for name, value in net.state_dict().items()}, content)
     weights = content.getvalue()
     result = {
         "lesson": args.lesson,
         "side": args.side,
-        "data": test.name,
+        "data": evidence.images["test"].name if is_classifier else args.used_data,
         "seed": args.seed,
         "hyperparameters": hyperparameters(args),
         "versions": versions(),
         "device": device.type,  # without the number that one side gives
         "threads": args.threads,
         "train_loss": found["train_loss"],
-        **{f"val_{name}": [row[name] for row in val] for name in ("loss", "accuracy", "f1")},
-        **{f"test_{name}": tested[name] for name in ("loss", "accuracy", "f1")},
-        "test_accuracy_per_class": dict(zip(test.classes, per_class, strict=True)),
-        "confusion_matrix": counts.tolist(),
+        **measured,
         "checkpoints": written(folder),
         "train_seconds": found["train_seconds"],
         "weights_sha256": sha256(weights),
@@ -90,15 +88,43 @@ def _watch(main: Callable[[Any], nn.Module], args: Any) -> Result:
     }
     result = finite(result)
     write_whole(folder / "weights.pt", lambda path: path.write_bytes(weights))
-    # A run that was resumed from its last step may make no loader to train or to validate.
-    data = Data(*(evidence.made.get(split, test) for split in ("train", "val", "test")))
-    for name, figure in figures.draw(net.cpu().eval(), data, result, read_rows(folder)).items():
+    if is_classifier:
+        # A run that was resumed from its last step may make no loader to train or to validate.
+        test = evidence.images["test"]
+        data = Data(*(evidence.made.get(split, test) for split in ("train", "val", "test")))
+        pictures = figures.draw(net.cpu().eval(), data, result, read_rows(folder))
+    else:
+        pictures = {"curves.png": figures.curves(result)}
+    for name, figure in pictures.items():
         write_whole(folder / name, figure.savefig)
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items())
     text = "{\n" + ",\n".join(lines) + "\n}\n"  # a line for each name
     # Last: where it is, the rest is too.
     write_whole(folder / "result.json", lambda path: path.write_text(text))
     return result
+
+
+def of_classifier(net: nn.Module, test: Images, args: Any) -> dict[str, Any]:
+    """Return what result.json holds of a network that names classes."""
+    folder, count, names = args.folder, count_samples(test, args), ("loss", "accuracy", "f1")
+    val, rows = read_metrics(folder, "val"), read_metrics(folder, "test")
+    counts = confusion(net, test, count, getattr(args, "precision", ""))
+    # With --fast-dev-run nothing is logged.
+    tested = rows[-1] if rows else averages(net, test, count, counts)
+    per_class = (counts.diag() / counts.sum(1).clamp(min=1)).tolist()
+    return {
+        **{f"val_{name}": [row[name] for row in val] for name in names},
+        **{f"test_{name}": tested[name] for name in names},
+        "test_accuracy_per_class": dict(zip(test.classes, per_class, strict=True)),
+        "confusion_matrix": counts.tolist(),
+    }
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    """Return what another network's run logged: of each validation a list, of the test a number."""
+    val, test = read_metrics(folder, "val"), read_metrics(folder, "test")
+    names = {f"val_{name}": [row[name] for row in val] for row in val[:1] for name in row}
+    return names | {f"test_{name}": value for name, value in (test[-1] if test else {}).items()}
 
 
 @contextlib.contextmanager
@@ -201,12 +227,20 @@ def show(result: Result, args: Any) -> None:
     table = Table(title=f"{result['lesson']}: test on {result['data']}", title_justify="left")
     table.add_column("")
     table.add_column(result["side"], justify="right")
-    loss = result["test_loss"]
-    table.add_row("loss", "not a number" if loss is None else f"{loss:.4f}")
-    table.add_row("accuracy", f"{result['test_accuracy']:.2%}")
-    table.add_row("macro F1", f"{result['test_f1']:.4f}", end_section=True)
-    for name, accuracy in result["test_accuracy_per_class"].items():
-        table.add_row(f"accuracy, {name}", f"{accuracy:.2%}")
+    if "scores" in result:
+        tested = {k[5:]: v for k, v in result["scores"].items() if k.startswith("test_")}
+        for name, value in tested.items():
+            table.add_row(
+                name.replace("_", " "), "not a number" if value is None else f"{value:.4f}"
+            )
+        loss = next(iter(tested.values()), None)
+    else:
+        loss = result["test_loss"]
+        table.add_row("loss", "not a number" if loss is None else f"{loss:.4f}")
+        table.add_row("accuracy", f"{result['test_accuracy']:.2%}")
+        table.add_row("macro F1", f"{result['test_f1']:.4f}", end_section=True)
+        for name, accuracy in result["test_accuracy_per_class"].items():
+            table.add_row(f"accuracy, {name}", f"{accuracy:.2%}")
     table.add_section()
     for name, value in result["checkpoints"].items():
         table.add_row(name, value)
@@ -227,6 +261,14 @@ def show(result: Result, args: Any) -> None:
             f"The network is still at {chance}: the run may be too short, --lr may not suit it, "
             "or the training has a mistake."
         )
+    if "scores" not in result:
+        _warn_of_another_network(result, args)
+    files = ", ".join(sorted(path.name for path in args.folder.glob("[!.]*")))
+    print(printable(f"Written to {args.folder}/: {files}"))
+
+
+def _warn_of_another_network(result: Result, args: Any) -> None:
+    """Say so where main returned another network than it tested."""
     tta = getattr(args, "tta", False)  # speed can test each image several times
     counts = torch.tensor(result["confusion_matrix"])
     returned = (counts.diag().sum() / counts.sum()).item()
@@ -235,12 +277,12 @@ def show(result: Result, args: Any) -> None:
             f"main returned a network that has {returned:.2%} of the test images right, and logged",
             f"{result['test_accuracy']:.2%}: it is not the one that was tested.",
         )
-    files = ", ".join(sorted(path.name for path in args.folder.glob("[!.]*")))
-    print(printable(f"Written to {args.folder}/: {files}"))
 
 
 def at_chance(result: Result) -> str:
     """Say at which level pure chance is, where a network is hardly better; else return ""."""
+    if "scores" in result:
+        return ""
     chance = 1 / len(result["test_accuracy_per_class"])
     return f"chance level, {chance:.0%}" if result["test_accuracy"] < 1.5 * chance else ""
 
