@@ -192,6 +192,32 @@ def predictions(model: nn.Module, data: Data, epoch: int, folder: Path) -> np.nd
     return pixels
 
 
+@torch.no_grad()
+def generated(gan: Any, epoch: int, folder: Path) -> np.ndarray:
+    """Draw 64 images that a generator makes of the same random numbers at each call.
+
+    Writes folder/pictures/epoch_N.png; returns that picture, uint8 [height, width, 3]. Draws
+    nothing from the global generators, and gives each part of the network back its mode.
+    """
+    from PIL import Image
+
+    modes = {part: part.training for part in gan.modules()}
+    gan.eval()
+    device = next(gan.parameters()).device
+    noise = torch.randn(64, gan.latent, generator=torch.Generator().manual_seed(0))
+    images = gan(noise.to(device)).cpu().add(1).mul(127.5).round().to(torch.uint8)
+    for part, mode in modes.items():
+        part.training = mode
+    size = images.shape[-1]
+    # Eight rows of eight, each image twice as large.
+    rows = images.view(8, 8, 3, size, size).permute(0, 3, 1, 4, 2).reshape(8 * size, 8 * size, 3)
+    pixels = rows.numpy().repeat(2, 0).repeat(2, 1)
+    path = folder / "pictures" / f"epoch_{epoch}.png"
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, Image.fromarray(pixels).save)
+    return pixels
+
+
 def _predictions(model: nn.Module, data: Data, result: dict[str, Any]) -> "Figure":
     return _answers(model, data.test, data.classes, f"{_heading(result)}, test images")
 

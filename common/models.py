@@ -106,6 +106,47 @@ class DeepNet(nn.Module):
         return F.log_softmax(self.fc3(x), dim=1)
 
 
+class GAN(nn.Module):
+    """A generator of images and a discriminator, after DCGAN, with a quarter of its channels.
+
+    Two networks that train against each other: the one makes images of random numbers, the other
+    tells them from real ones. Source: https://arxiv.org/abs/1511.06434
+    """
+
+    def __init__(self, latent: int = 64) -> None:
+        super().__init__()
+        self.latent = latent
+        self.generator = nn.Sequential(
+            nn.ConvTranspose2d(latent, 128, 4, 1, 0, bias=False),  # [batch, 128, 4, 4]
+            nn.BatchNorm2d(128),
+            nn.ReLU(),
+            nn.ConvTranspose2d(128, 64, 4, 2, 1, bias=False),  # [batch, 64, 8, 8]
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.ConvTranspose2d(64, 32, 4, 2, 1, bias=False),  # [batch, 32, 16, 16]
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.ConvTranspose2d(32, 3, 4, 2, 1),  # [batch, 3, 32, 32]
+            nn.Tanh(),
+        )
+        self.discriminator = nn.Sequential(
+            nn.Conv2d(3, 32, 4, 2, 1),  # [batch, 32, 16, 16]
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(32, 64, 4, 2, 1, bias=False),  # [batch, 64, 8, 8]
+            nn.BatchNorm2d(64),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(64, 128, 4, 2, 1, bias=False),  # [batch, 128, 4, 4]
+            nn.BatchNorm2d(128),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(128, 1, 4),  # [batch, 1, 1, 1]
+            nn.Flatten(0),
+        )
+
+    def forward(self, noise: Tensor) -> Tensor:
+        """Turn random numbers, [batch, latent], into images from -1 to 1, [batch, 3, 32, 32]."""
+        return self.generator(noise[:, :, None, None])
+
+
 class Transfer(nn.Module):
     """A network of torchvision's, the backbone, with a new last layer, the head, for ten classes.
 

@@ -3,7 +3,7 @@
 from common.checkpoints import differences, say
 from common.data import CIFAR10_MEAN, CIFAR10_STD, IMAGENET_MEAN, IMAGENET_STD, Normalize
 from common.messages import BadInput
-from common.models import MLP, Airbench, DeepNet, DropoutNet, Net, NormNet, SmallNet, Transfer
+from common.models import GAN, MLP, Airbench, DeepNet, DropoutNet, Net, NormNet, SmallNet, Transfer
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -43,6 +43,7 @@ NETWORKS = (
     Network("when", DropoutNet, TO_ONE),
     Network("resume", DropoutNet, TO_ONE),
     Network("optimize", NormNet, TO_ONE),
+    Network("gan", GAN, TO_ONE, classifies=False),
     Network("parallel", Net, TO_ONE),
     Network("parallel", NormNet, TO_ONE, choice="batch norm"),
     Network("fabric", DropoutNet, TO_ONE),

@@ -263,7 +263,7 @@ def _check_number(name: str, value: Any, lesson: str) -> None:
             wanted, fits = f"{wanted}; 0 leaves it out", fits or value == 0
     elif name == "max_steps":
         wanted, fits = "a whole number from 1 on, or -1 for no limit", value == -1 or value >= 1
-    elif name == "lr":
+    elif name in ("lr", "generator_lr", "discriminator_lr"):
         most_lr = MOST_LR.get(lesson, 1e38)
         wanted, fits = f"a number above 0, at most {most_lr:g}", 0 < value <= most_lr
     else:

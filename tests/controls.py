@@ -20,9 +20,10 @@ import pytest
 import torch
 from control import Control, replaced
 from controls_fabric import FABRIC
+from controls_gan import GANS
 from controls_predict import PREDICT
 from controls_when import WHEN
-from helpers import NOISY, SIDES, Noisy, lessons, train
+from helpers import NOISY, OWN_NETWORK, SIDES, Noisy, lessons, train
 from samebits import Diagnosis, Trace, compare
 from torch import nn
 
@@ -286,6 +287,7 @@ CONTROLS: dict[str, Control] = {
     **WHEN,
     **FABRIC,
     **PREDICT,
+    **GANS,
 }  # fmt: skip
 
 # Equal runs, of both sides of a lesson: the doctor must find nothing.
@@ -316,7 +318,8 @@ def trace(side: str, path: Path, monkeypatch, *changes, model=None, lesson="cifa
     returned, is not traced.
     """
     traces: list[Trace] = []
-    network = model or NOISY["fashionmnist" if lesson == "fashion" else "cifar10"]
+    data = "fashionmnist" if lesson == "fashion" else "cifar10"
+    network = model or OWN_NETWORK.get(lesson) or NOISY[data]
 
     def close():
         for one in traces:

@@ -4,6 +4,7 @@ from common import ROOT, SIDES, THIRD, data, figures, resume, run, script_of
 from common.data import Data, Images
 from common.download import is_here, read_real
 from common.environment import WITH_PROCESSES
+from common.models import GAN
 from common.models import NETWORKS as NETWORKS_OF_SPEED
 from common.networks import NETWORKS
 from common.proof import watch
@@ -115,6 +116,8 @@ class GreyNoisy(Noisy):
 
 
 NOISY = {"cifar10": Noisy, "fashionmnist": GreyNoisy}
+# A lesson whose network is no classifier is tried with its own, which is small.
+OWN_NETWORK = {"gan": GAN}
 
 
 def free_port() -> str:
@@ -140,7 +143,7 @@ def be_alone(monkeypatch):
 NETWORK_NAMES = {
     "cifar": "Net", "fashion": "MLP", "callbacks": "DeepNet", "when": "DropoutNet",
     "resume": "DropoutNet", "optimize": "NormNet", "parallel": "Net", "fabric": "DropoutNet",
-    "predict": "NormNet", "speed": "NETWORKS", "finetune": "Transfer",
+    "gan": "GAN", "predict": "NormNet", "speed": "NETWORKS", "finetune": "Transfer",
 }  # fmt: skip
 
 
@@ -166,7 +169,8 @@ def train(
     """
     few = images or small_data(lesson=lesson)
     module = load_lesson(side, lesson, *changes)
-    give(module, few, model or NOISY[few_like(lesson)], lesson, monkeypatch)
+    network = model or OWN_NETWORK.get(lesson) or NOISY[few_like(lesson)]
+    give(module, few, network, lesson, monkeypatch)
     nets, optimizers = [], {}
 
     def main(args):

@@ -1,6 +1,7 @@
 """Both sides reach the same bits, for every combination of what can change."""
 
 from common.models import Net
+from common.networks import classifies
 from common.proof.compare import compare_results
 
 import csv
@@ -21,6 +22,8 @@ from helpers import (
     train,
 )
 
+# The others make other steps, and are held by tests of their own.
+CLASSIFIERS = [lesson for lesson in lessons() if classifies(lesson)]
 CHECKPOINTS = (
     "callbacks",
     "finetune",
@@ -71,7 +74,7 @@ def run_combinations(lesson, combinations, tmp_path, monkeypatch):
     assert len(set(with_one_thread)) == len(with_one_thread) >= 3
 
 
-@pytest.mark.parametrize("lesson", lessons())
+@pytest.mark.parametrize("lesson", CLASSIFIERS)
 def test_combinations(lesson, tmp_path, monkeypatch):
     assert len(GRID) == 48 and len(SOME) == 4
     assert all(len(set(values)) >= 2 for values in zip(*SOME, strict=True))
@@ -79,7 +82,7 @@ def test_combinations(lesson, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lesson", lessons())
+@pytest.mark.parametrize("lesson", CLASSIFIERS)
 def test_every_combination(lesson, tmp_path, monkeypatch):
     run_combinations(lesson, GRID, tmp_path, monkeypatch)
 
@@ -111,7 +114,7 @@ LIMITS = [
         pytest.param(
             lesson, *case, marks=[pytest.mark.slow] * (lesson != "cifar" and (a + b) % 4 > 0)
         )
-        for a, lesson in enumerate(lessons())
+        for a, lesson in enumerate(CLASSIFIERS)
         for b, case in enumerate(LIMITS)
     ],
 )
@@ -122,7 +125,7 @@ def test_limits_and_workers(lesson, tmp_path, monkeypatch, settings, steps, vali
 
 
 @pytest.mark.parametrize("limit", [1.0, 7, 2])
-@pytest.mark.parametrize("lesson", lessons())
+@pytest.mark.parametrize("lesson", CLASSIFIERS)
 def test_metrics_csv_is_the_same_file(lesson, limit, tmp_path, monkeypatch):
     both(tmp_path, monkeypatch, lesson=lesson, limit_train_batches=limit)
     tables = []
@@ -140,7 +143,7 @@ def test_metrics_csv_is_the_same_file(lesson, limit, tmp_path, monkeypatch):
             assert not ours[name] or float(ours[name]) == pytest.approx(float(theirs[name]), 1e-6)
 
 
-@pytest.mark.parametrize("lesson", lessons())
+@pytest.mark.parametrize("lesson", CLASSIFIERS)
 def test_every_step_leaves_the_same_gradients_and_weights(lesson, tmp_path, monkeypatch):
     """What the results do not hold: each batch, gradient and weight, after every single step."""
     from torch.optim.optimizer import register_optimizer_step_post_hook

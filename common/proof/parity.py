@@ -161,7 +161,9 @@ def show(a: Result, b: Result, comparison: Comparison) -> None:
     times = ", ".join(f"{result['side']} {result['train_seconds']:.1f}" for result in (a, b))
     print_stages(title, comparison, ("seconds of training", "", times))
     if comparison.agree:
-        print(f"The two sides agree: {len(a['train_loss']):,} batches, {measure(a)}.")
+        # Where two networks train against each other, a batch has a backward pass for each.
+        of = "batches" if "scores" not in a else "losses"
+        print(f"The two sides agree: {len(a['train_loss']):,} {of}, {measure(a)}.")
         if chance := at_chance(a):
             print(f"Both are still at {chance}: they agree, but there was little to agree on.")
 

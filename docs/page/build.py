@@ -39,6 +39,7 @@ LEVELS = {
     "when": (30, "intermediate"),
     "resume": (45, "advanced"),
     "optimize": (45, "intermediate"),
+    "gan": (30, "advanced"),
     "parallel": (60, "advanced"),
     "fabric": (30, "intermediate"),
     "predict": (20, "intermediate"),
