@@ -52,6 +52,7 @@ OPTIONS = {
     "fashion": {"lr": 0.1},
     "resume": {"lr": 0.05},
     "speed": {"limit_train_batches": 100},
+    "gan": {"limit_train_batches": 30},
     "finetune": {"backbone": "mobilenet_v3_small", "weights": "random", "limit_train_batches": 10},
 }
 
