@@ -33,7 +33,7 @@ WORKERS := -n auto --maxprocesses 4 --dist loadfile
 CPU_ONLY ?=
 # The lessons, in the order in which they are learned; one that is new comes last.
 FILES := $(basename $(notdir $(wildcard plain/*.py)))
-ORDER := cifar fashion callbacks when resume optimize gan parallel fabric predict speed finetune
+ORDER := cifar fashion callbacks when resume optimize gan tokens parallel fabric predict speed finetune
 LESSONS := $(strip $(filter $(FILES),$(ORDER)) $(filter-out $(ORDER),$(FILES)))
 # uv must take the Python of this machine, never fetch one of its own.
 export UV_PYTHON_DOWNLOADS := never

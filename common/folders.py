@@ -28,7 +28,7 @@ FILES = (
 )
 EVIDENCE = "evidence.jsonl"
 # What some lessons write beside these; hparams.yaml is the Trainer's.
-OTHERS = ("optimizer.png", "hparams.yaml", "answers.npy", "model.onnx", EVIDENCE)
+OTHERS = ("optimizer.png", "hparams.yaml", "answers.npy", "model.onnx", "sample.txt", EVIDENCE)
 FOLDERS = ("checkpoints", "pictures", "tensorboard", "wandb")
 HALF = ".half-"  # how the name of a file begins that is being written
 ASIDE = ".before"  # where a run's results lie until the one that is resumed has made a step

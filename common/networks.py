@@ -4,6 +4,7 @@ from common.checkpoints import differences, say
 from common.data import CIFAR10_MEAN, CIFAR10_STD, IMAGENET_MEAN, IMAGENET_STD, Normalize
 from common.messages import BadInput
 from common.models import GAN, MLP, Airbench, DeepNet, DropoutNet, Net, NormNet, SmallNet, Transfer
+from common.models_text import GPT
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ NETWORKS = (
     Network("resume", DropoutNet, TO_ONE),
     Network("optimize", NormNet, TO_ONE),
     Network("gan", GAN, TO_ONE, classifies=False),
+    Network("tokens", GPT, None, data="text", classifies=False),
     Network("parallel", Net, TO_ONE),
     Network("parallel", NormNet, TO_ONE, choice="batch norm"),
     Network("fabric", DropoutNet, TO_ONE),

@@ -152,6 +152,11 @@ def main(argv: list[str]) -> None:
     content = read(path)
     known = about(content, path)
     network = identify(weights(content, path), known.get("lesson"))
+    if not network.classifies:
+        raise BadInput(
+            f"'{path}' is of the lesson {network.lesson}, whose network names no class for a "
+            "picture; name a checkpoint of another lesson."
+        )
     if known.get("lesson", network.lesson) != network.lesson:
         known = {}  # of a run of another lesson, whose files lie in the same folder
     model = network.make()

@@ -42,7 +42,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.data import DataLoader
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 Order = dict[int, list[int]]  # the samples of each epoch
@@ -116,6 +117,7 @@ class Evidence:
             (DataLoader, "__init__", told(self._made)),
             (DataLoader, "__iter__", told(self._loader)),
             (_BaseDataLoaderIter, "_next_index", self._batch),
+            (_BaseDataLoaderIter, "__next__", self._streamed),
             (DeviceBatches, "__init__", told(self._batches)),
             (EpochSampler, "__iter__", self._samples),
             (Optimizer, "load_state_dict", told(self._seen)),
@@ -189,12 +191,28 @@ class Evidence:
             sampler = getattr(loader._index_sampler, "sampler", None)
             ours = isinstance(loader._dataset, Images)  # `_samples` sees their order while training
             train = ours and loader._dataset.split == "train"
+            if isinstance(loader._dataset, IterableDataset):
+                return indices
             if not ours or (train and not isinstance(sampler, EpochSampler)):
                 self.others.setdefault(loader, []).append(indices)
                 self.latest = loader
             return indices
 
         return next_index
+
+    def _streamed(self, usual: Any) -> Any:
+        """Note what a stream hands out: it has no samples that could be named by their numbers."""
+
+        def following(loader: Any) -> Any:
+            batch = usual(loader)
+            if isinstance(loader._dataset, IterableDataset):
+                parts = tree_leaves(batch)
+                prints = [fingerprint(part)["sha256"] for part in parts if isinstance(part, Tensor)]
+                self.others.setdefault(loader, []).append(prints)
+                self.latest = loader
+            return batch
+
+        return following
 
     def _save(self, content: Any, *_: Any, **__: Any) -> None:
         if isinstance(content, dict) and "global_step" in content and processes()[0] == 0:

@@ -40,6 +40,7 @@ LEVELS = {
     "resume": (45, "advanced"),
     "optimize": (45, "intermediate"),
     "gan": (30, "advanced"),
+    "tokens": (40, "intermediate"),
     "parallel": (60, "advanced"),
     "fabric": (30, "intermediate"),
     "predict": (20, "intermediate"),
