@@ -49,8 +49,7 @@ def warm_up_and_cosine(optimizer, steps, args):
     def share(step):
         grown = (step + 1) / (args.warmup_steps + 1)
         done = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
-        fallen = (1 + math.cos(math.pi * min(1.0, max(0.0, done)))) / 2
-        return min(grown, fallen)
+        return min(grown, (1 + math.cos(math.pi * min(1.0, max(0.0, done)))) / 2)
 
     return LambdaLR(optimizer, share)
 

@@ -51,8 +51,7 @@ def warm_up_and_cosine(optimizer, steps, args):
     def share(step):
         grown = (step + 1) / (args.warmup_steps + 1)
         done = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
-        fallen = (1 + math.cos(math.pi * min(1.0, max(0.0, done)))) / 2
-        return min(grown, fallen)
+        return min(grown, (1 + math.cos(math.pi * min(1.0, max(0.0, done)))) / 2)
 
     return LambdaLR(optimizer, share)
 
@@ -111,10 +110,8 @@ def main(args):
     net = GPT(len(text.letters)).to(device)
     optimizer = make_optimizer(net, args)
     #: The schedule must know its end, and no stream tells: count one pass.
-    batches = sum(1 for _ in train_loader)
-    steps = args.max_epochs * math.ceil(batches / group)
+    steps = args.max_epochs * math.ceil(sum(1 for _ in train_loader) / group)
     schedule = warm_up_and_cosine(optimizer, steps, args)
-    #: In the optimizer's order: the last bits of their norm depend on it.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     half = args.precision == "bf16-mixed"
     autocast = torch.autocast(device.type, torch.bfloat16, half, cache_enabled=False)
@@ -122,7 +119,7 @@ def main(args):
     for epoch in range(args.max_epochs):
         train_loader.dataset.set_epoch(epoch)
         net.train()
-        bar = tqdm(with_last(train_loader), f"Epoch {epoch}", batches, disable=None)
+        bar = tqdm(with_last(train_loader), f"Epoch {epoch}", disable=None)
         for number, (batch, last) in enumerate(bar, start=1):
             batch = {name: value.to(device) for name, value in batch.items()}
             with autocast:

@@ -22,6 +22,7 @@ from control import Control, replaced
 from controls_fabric import FABRIC
 from controls_gan import GANS
 from controls_predict import PREDICT
+from controls_tokens import TOKENS
 from controls_when import WHEN
 from helpers import NOISY, OWN_NETWORK, SIDES, Noisy, lessons, train
 from samebits import Diagnosis, Trace, compare
@@ -288,6 +289,7 @@ CONTROLS: dict[str, Control] = {
     **FABRIC,
     **PREDICT,
     **GANS,
+    **TOKENS,
 }  # fmt: skip
 
 # Equal runs, of both sides of a lesson: the doctor must find nothing.

@@ -1,11 +1,12 @@
 """What the tests share: loading a lesson, changed or not, and training it on a few images."""
 
-from common import ROOT, SIDES, THIRD, data, figures, resume, run, script_of
+from common import ROOT, SIDES, THIRD, data, figures, resume, run, script_of, text
 from common.data import Data, Images
 from common.download import is_here, read_real
 from common.environment import WITH_PROCESSES
 from common.models import GAN
 from common.models import NETWORKS as NETWORKS_OF_SPEED
+from common.models_text import GPT
 from common.networks import NETWORKS
 from common.proof import watch
 from common.proof.lessons import load as load_lesson
@@ -91,6 +92,11 @@ def small_data(train: int = 120, val: int = 130, test: int = 140, lesson: str = 
     return Data(*splits)
 
 
+def small_text() -> text.Text:
+    """The first 4,000 letters: 45 pieces to train on, two to evaluate on."""
+    return text.read_text(text.MANUAL.read_text()[:4000])
+
+
 class Noisy(nn.Module):
     """A small network that shows whether it trains or evaluates: BatchNorm and dropout.
 
@@ -117,7 +123,10 @@ class GreyNoisy(Noisy):
 
 NOISY = {"cifar10": Noisy, "fashionmnist": GreyNoisy}
 # A lesson whose network is no classifier is tried with its own, which is small.
-OWN_NETWORK = {"gan": GAN}
+OWN_NETWORK = {
+    "gan": GAN,
+    "tokens": lambda letters: GPT(letters, width=16, heads=2, blocks=1, context=128),
+}
 
 
 def free_port() -> str:
@@ -143,7 +152,8 @@ def be_alone(monkeypatch):
 NETWORK_NAMES = {
     "cifar": "Net", "fashion": "MLP", "callbacks": "DeepNet", "when": "DropoutNet",
     "resume": "DropoutNet", "optimize": "NormNet", "parallel": "Net", "fabric": "DropoutNet",
-    "gan": "GAN", "predict": "NormNet", "speed": "NETWORKS", "finetune": "Transfer",
+    "gan": "GAN", "tokens": "GPT", "predict": "NormNet", "speed": "NETWORKS",
+    "finetune": "Transfer",
 }  # fmt: skip
 
 
@@ -167,7 +177,7 @@ def train(
     `images` are a Data in place of the few; `model` is a class in place of the lesson's network;
     `changes` are made to the lesson's text; `settings` go to its Args.
     """
-    few = images or small_data(lesson=lesson)
+    few = images or (small_text() if lesson == "tokens" else small_data(lesson=lesson))
     module = load_lesson(side, lesson, *changes)
     network = model or OWN_NETWORK.get(lesson) or NOISY[few_like(lesson)]
     give(module, few, network, lesson, monkeypatch)
@@ -203,12 +213,17 @@ def few_like(lesson):
 def give(module, images, model, lesson, monkeypatch):
     """Let a loaded lesson find these images and this network."""
 
+    def load_text(args):
+        args.used_data = "text"
+        return images
+
     def load_images(name, args, transform=None):
         data._check_limits(images, args)
         args.used_data, args.classes = images.name, images.classes
         return images
 
-    monkeypatch.setattr(module, "load_images", load_images)
+    load = load_text if lesson == "tokens" else load_images
+    monkeypatch.setattr(module, load.__name__, load)
     name = NETWORK_NAMES[lesson]
     by_name = dict.fromkeys(NETWORKS_OF_SPEED, model)
     monkeypatch.setattr(module, name, by_name if name == "NETWORKS" else model)

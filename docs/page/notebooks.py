@@ -53,6 +53,7 @@ OPTIONS = {
     "resume": {"lr": 0.05},
     "speed": {"limit_train_batches": 100},
     "gan": {"limit_train_batches": 30},
+    "tokens": {"limit_train_batches": 30, "sample_length": 100},
     "finetune": {"backbone": "mobilenet_v3_small", "weights": "random", "limit_train_batches": 10},
 }
 
