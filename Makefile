@@ -65,7 +65,7 @@ endif
 .DEFAULT_GOAL := help
 .DEFAULT:
 	$(error $(UNCLEAR))
-.PHONY: help setup quick trainer-fabric parity moments doctor controls cases page notebooks pitfalls ledger hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
+.PHONY: help setup quick trainer-fabric parity moments doctor controls cases page notebooks pitfalls ledger coverage hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
 
 help: # print the commands, in groups
 	@echo "usage: make COMMAND [ARGS=\"--max-epochs 5\"]    NAME is a lesson:"
@@ -154,6 +154,9 @@ notebooks: .venv/ready ## write docs/notebooks/ anew, from the scripts' own cell
 
 ledger: .venv/ready ## write docs/ledger.md anew: the line numbers of what the Trainer does
 	@$(BIN)/python -m common.proof.ledger
+
+coverage: .venv/ready ## write docs/coverage.md anew: what of Lightning the lessons use, and what not
+	@$(BIN)/python -m common.proof.coverage
 
 hooks: .venv/ready ## write docs/hooks.md anew: each hook of one fit beside the plain lines
 	@$(BIN)/python -m common.proof.hooks $(ARGS)

@@ -29,7 +29,8 @@ Trainer for it, and the method in Lightning {VERSION} that does it. Every row is
 of its lesson reach the same bits, and the test in the last column compares this behaviour.
 
 The number behind a line leads to that line, and a method's name to the library's source. `make
-ledger` writes this page from [ledger.toml](ledger.toml). A test fails where a line is gone.
+ledger` writes this page from [ledger.toml](ledger.toml). A test fails where a line is gone. What
+of Lightning no lesson uses stands in [coverage.md](coverage.md).
 """
 COLUMNS = """
 | the Trainer | the loop had to | with the Trainer | in the library | lesson |
