@@ -71,8 +71,8 @@ def generate(net, text, args):
     device, generator = next(net.parameters()).device, torch.Generator().manual_seed(0)
     tokens = text.test[:1].tolist()
     for _ in range(args.sample_length):
-        #: It looks back no further than it has learned to.
-        seen = torch.tensor([tokens[-net.context :]], device=device)
+        #: Few pieces are longer than half the context: what lies behind, it learns badly.
+        seen = torch.tensor([tokens[-net.context // 2 :]], device=device)
         logits = net(seen)[0, -1].float().cpu() / args.temperature
         tokens += torch.multinomial(logits.softmax(0), 1, generator=generator).tolist()
     sample = text.say(torch.tensor(tokens))

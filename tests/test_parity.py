@@ -191,3 +191,27 @@ def test_every_lesson_has_args_and_a_main():
             module = load_lesson(side, name)
             assert callable(module.main) and module.Args().max_epochs >= 1
             count("scripts loaded")
+
+
+@pytest.mark.parametrize("lesson", ["cifar", "when"])
+def test_each_pass_has_the_same_mode_and_gradients_on_both_sides(lesson, tmp_path, monkeypatch):
+    passes = []
+    for side in SIDES:
+        seen = []
+
+        def before_forward(module, args, seen=seen):
+            if isinstance(module, Noisy):
+                seen.append((module.training, torch.is_grad_enabled(), len(args[0])))
+
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(before_forward)
+        try:
+            train(side, tmp_path, monkeypatch, lesson=lesson, limit_train_batches=5)
+        finally:
+            hook.remove()
+        # The summary and the sanity check come before the first training pass.
+        begin = next(n for n, (training, _, size) in enumerate(seen) if training and size == 8)
+        passes.append(seen[begin:])
+    assert passes[0] == passes[1] and {mode[:2] for mode in passes[0]} == {
+        (True, True), (False, False),
+    }  # fmt: skip
+    count("passes in the same mode", len(passes[0]))
