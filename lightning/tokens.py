@@ -69,7 +69,7 @@ def generate(net, text, args):
     device, generator = next(net.parameters()).device, torch.Generator().manual_seed(0)
     tokens = text.test[:1].tolist()
     for _ in range(args.sample_length):
-        #: Few pieces are longer than half the context: what lies behind, it learns badly.
+        #: Few pieces are longer than half the context: farther back it learns little.
         seen = torch.tensor([tokens[-net.context // 2 :]], device=device)
         logits = net(seen)[0, -1].float().cpu() / args.temperature
         tokens += torch.multinomial(logits.softmax(0), 1, generator=generator).tolist()

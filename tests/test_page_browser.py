@@ -142,7 +142,7 @@ def test_what_is_copied_runs(page, site):
 
 def test_the_filters(page, site):
     page.goto(f"file://{site}/ledger.html")
-    page.fill("#find", "clips the gradients")
+    page.fill("#find", "hands each batch of answers")
     assert page.text_content("#count").startswith("1 / ")
     assert page.locator("#rows tr[id]:visible").count() == 1
     page.goto(f"file://{site}/ledger.html?q=&lesson=speed")

@@ -25,13 +25,8 @@ from helpers import (
 # The others make other steps, and are held by tests of their own.
 CLASSIFIERS = [lesson for lesson in lessons() if classifies(lesson)]
 CHECKPOINTS = (
-    "callbacks",
-    "finetune",
-    "optimize",
-    "parallel",
-    "resume",
-    "when",
-)  # these leave some
+    "callbacks", "finetune", "optimize", "parallel", "predict", "resume", "when",
+)  # fmt: skip
 # 120 images: batches of 8 divide them, batches of 16 leave a last one of 8.
 GRID = list(itertools.product((0, 1, 2), (2, 3), (8, 16), (0.02, 0.05), (1, 2)))
 # Some are run by `make test`, all by `make test-slow`. Every value is among them. Two threads wait
