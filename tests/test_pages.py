@@ -179,6 +179,7 @@ REPORTS = {
     "lbfgs-accumulation": None,  # the norms depend on the processor: they grow
     "nested-toggles": "[True, True, False, False]",
     "stream-steps": "0.0",
+    "swa-last-step": "False",
 }
 
 
