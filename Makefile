@@ -164,7 +164,7 @@ hooks: .venv/ready ## write docs/hooks.md anew: each hook of one fit beside the 
 overview: .venv/ready ## draw the README's picture from the last make parity-cifar
 	@$(BIN)/python -m common.proof.overview
 
-pitfalls: .venv/ready ## run the code of docs/pitfalls.md and docs/sameness.md, and write its numbers anew
+pitfalls: .venv/ready ## run the code of docs/pitfalls.md, sameness.md and tuning.md, and write its numbers anew
 	@$(BIN)/python tests/pages.py
 
 ##@ Test and change it

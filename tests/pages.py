@@ -1,7 +1,7 @@
 """The pages whose code runs: run it, and write what it prints into the page.
 
-`python tests/pages.py` (`make pitfalls`) writes all numbers of docs/pitfalls.md and of
-docs/sameness.md anew; tests/test_pages.py requires that each section prints what its page says.
+`python tests/pages.py` (`make pitfalls`) writes all numbers of docs/pitfalls.md, docs/sameness.md
+and docs/tuning.md anew; tests/test_pages.py requires that each section prints what its page says.
 A page's first python block is its preamble, which runs before each section.
 """
 
@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-PAGES = [ROOT / "docs" / name for name in ("pitfalls.md", "sameness.md")]
+PAGES = [ROOT / "docs" / name for name in ("pitfalls.md", "sameness.md", "tuning.md")]
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TEXT = re.compile(r"^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -202,3 +202,13 @@ def test_a_report_for_upstream_reproduces_its_bug(name, tmp_path):
     else:
         assert REPORTS[name] in said
     count("reports reproduced")
+
+
+def test_every_section_on_tuning_compares_both():
+    page = (ROOT / "docs" / "tuning.md").read_text()
+    own = [section for section in with_code(page)]
+    assert len(own) == 7
+    for section in own:
+        said = pages.printed(section)
+        assert "False" not in said and ("True" in said or "by the Tuner" in said), said
+        count("sections on tuning")

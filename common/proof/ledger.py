@@ -30,7 +30,8 @@ of its lesson reach the same bits, and the test in the last column compares this
 
 The number behind a line leads to that line, and a method's name to the library's source. `make
 ledger` writes this page from [ledger.toml](ledger.toml). A test fails where a line is gone. What
-of Lightning no lesson uses stands in [coverage.md](coverage.md).
+of Lightning no lesson uses stands in [coverage.md](coverage.md); seven things more, by hand and by
+the Trainer, in [tuning.md](tuning.md).
 """
 COLUMNS = """
 | the Trainer | the loop had to | with the Trainer | in the library | lesson |
