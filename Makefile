@@ -8,7 +8,11 @@ override IMAGE := $(value IMAGE)
 override CHECKPOINT := $(value CHECKPOINT)
 override A := $(value A)
 override B := $(value B)
-export PYTHON IMAGE CHECKPOINT A B
+# Of the exercises; an N that is left over in the environment is none.
+override N := $(if $(filter command,$(firstword $(origin N))),$(value N))
+override WORKSPACE := $(if $(filter command,$(firstword $(origin WORKSPACE))),$(value WORKSPACE))
+LEARNER = $(if $(N),"$$N") $(if $(WORKSPACE),--workspace "$$WORKSPACE")
+export PYTHON IMAGE CHECKPOINT A B N WORKSPACE
 ifneq ($(value DATA_DIR),)
 override DATA_DIR := $(value DATA_DIR)
 export DATA_DIR
@@ -65,7 +69,7 @@ endif
 .DEFAULT_GOAL := help
 .DEFAULT:
 	$(error $(UNCLEAR))
-.PHONY: help setup quick trainer-fabric parity moments doctor controls cases page notebooks pitfalls ledger coverage hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict test test-slow lint format lock clean FORCE
+.PHONY: help setup quick trainer-fabric parity moments doctor controls cases page notebooks pitfalls ledger coverage hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict exercise exercise-list check hint solution test test-slow lint format lock clean FORCE
 
 help: # print the commands, in groups
 	@echo "usage: make COMMAND [ARGS=\"--max-epochs 5\"]    NAME is a lesson:"
@@ -97,6 +101,19 @@ predict: .venv/ready ## classify a picture: make predict CHECKPOINT=runs/cifar/p
 	@test -n "$$CHECKPOINT" && test -n "$$IMAGE" || { \
 		echo "error: predict needs both names: make predict CHECKPOINT=runs/cifar/plain/weights.pt IMAGE=photo.jpg" >&2; exit 2; }
 	@$(BIN)/python -m common.predict -- "$$CHECKPOINT" "$$IMAGE"
+
+##@ Practise
+exercise: .venv/ready ## list the exercises; N=07 begins one; WATCH=1 checks at each save
+	@$(BIN)/python -m common.exercises $(if $(WATCH),watch,$(if $(N),start,list)) $(LEARNER)
+
+check: .venv/ready ## check an exercise beside its twin: make check N=07; ALL=1: all begun ones; JSON=1
+	@$(BIN)/python -m common.exercises check $(LEARNER) $(if $(ALL),--all) $(if $(JSON),--json)
+
+hint: .venv/ready ## show a hint for an exercise, and the next one when asked again: make hint N=07
+	@$(BIN)/python -m common.exercises hint $(LEARNER)
+
+solution: .venv/ready ## show the solution of an exercise that is solved, or when asked twice
+	@$(BIN)/python -m common.exercises solution $(LEARNER)
 
 ##@ Prove
 parity-%: .venv/ready FORCE ## prove that both sides of NAME do the same; the same options
@@ -154,6 +171,9 @@ notebooks: .venv/ready ## write docs/notebooks/ anew, from the scripts' own cell
 
 ledger: .venv/ready ## write docs/ledger.md anew: the line numbers of what the Trainer does
 	@$(BIN)/python -m common.proof.ledger
+
+exercise-list: .venv/ready ## write the list in docs/exercises.md anew
+	@$(BIN)/python -m common.exercises.page
 
 coverage: .venv/ready ## write docs/coverage.md anew: what of Lightning the lessons use, and what not
 	@$(BIN)/python -m common.proof.coverage

@@ -24,6 +24,25 @@ def no_process_group():
         torch.distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def kept_twins(tmp_path_factory):
+    """What the twins of exercises reached, for all tests of a file."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch, kept_twins):
+    """A learner's folder, whose files are checked in forked processes."""
+    from common.exercises import check
+    from common.exercises.workspace import Workspace
+
+    from graded import Forked
+
+    monkeypatch.setattr(check, "start", Forked)
+    monkeypatch.setattr(check, "KEPT", kept_twins)
+    return Workspace(tmp_path / "exercises")
+
+
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):  # one of several processes: it tells the first one
         session.config.workeroutput["compared"] = COMPARED

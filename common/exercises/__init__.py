@@ -1,0 +1,1 @@
+"""Exercises made from the lessons themselves, and graded by running them beside their twins."""
