@@ -69,7 +69,7 @@ endif
 .DEFAULT_GOAL := help
 .DEFAULT:
 	$(error $(UNCLEAR))
-.PHONY: help setup quick trainer-fabric parity moments doctor controls cases page notebooks pitfalls ledger coverage hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict exercise exercise-list check hint solution test test-slow lint format lock clean FORCE
+.PHONY: help setup quick trainer-fabric parity moments doctor controls cases page notebooks pitfalls ledger coverage hooks overview bench bench-speed bench-parallel bench-trace bench-evidence bench-startup order predict exercise check hint solution test test-slow lint format lock clean FORCE
 
 help: # print the commands, in groups
 	@echo "usage: make COMMAND [ARGS=\"--max-epochs 5\"]    NAME is a lesson:"
@@ -171,9 +171,6 @@ notebooks: .venv/ready ## write docs/notebooks/ anew, from the scripts' own cell
 
 ledger: .venv/ready ## write docs/ledger.md anew: the line numbers of what the Trainer does
 	@$(BIN)/python -m common.proof.ledger
-
-exercise-list: .venv/ready ## write the list in docs/exercises.md anew
-	@$(BIN)/python -m common.exercises.page
 
 coverage: .venv/ready ## write docs/coverage.md anew: what of Lightning the lessons use, and what not
 	@$(BIN)/python -m common.proof.coverage

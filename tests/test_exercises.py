@@ -7,6 +7,7 @@ from common.exercises.page import PAGE, page
 from common.proof import ledger
 
 import itertools
+import json
 import re
 
 import pytest
@@ -51,7 +52,7 @@ def test_a_hint_is_not_the_solution(number):
 
 
 def test_the_list_in_the_docs_is_current():
-    assert page() == PAGE.read_text(), "make exercise-list"
+    assert page() == PAGE.read_text(), "python -m common.exercises.page"
     for lesson in lessons():
         assert of_lesson(lesson)
 
@@ -166,3 +167,18 @@ def test_another_way_is_right_too(workspace):
     assert checked(workspace, 1, None, ("        optimizer.zero_grad()\n", ""), (
         "        optimizer.step()\n", "        optimizer.step()\n        model.zero_grad()\n",
     )).solved  # fmt: skip
+
+
+def test_a_lesson_page_and_its_notebook_end_with_its_exercises():
+    for lesson in lessons():
+        labels = [e.label for e in of_lesson(lesson)]
+        ending = (ROOT / "docs" / f"{lesson}.md").read_text().rpartition("\n## ")[2]
+        assert ending.startswith("Exercises\n") and f"(exercises.md#{lesson})" in ending
+        assert re.findall(r"\b\d\d\b", ending)[:-1] == [labels[0], labels[-1]][: len(labels)]
+        notebook = json.loads((ROOT / "docs" / "notebooks" / f"{lesson}.ipynb").read_text())
+        cells = ["".join(cell["source"]) for cell in notebook["cells"]]
+        for command in ("start", "check"):
+            asked = [f"!{{sys.executable}} -m common.exercises {command} {n}" for n in labels]
+            assert [cell for cell in cells if cell in asked] == asked
+        assert cells[-1] == asked[-1]
+        count("lessons that end with exercises")

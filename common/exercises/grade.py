@@ -6,9 +6,10 @@ it broke off, else "", `result`, what a run's result.json holds, and `printed`, 
 file itself printed. The trace for the doctor lies beside it.
 """
 
-from common import SIDES, script_of
+from common import script_of
 from common.messages import BadInput, keep_quiet, printable
 from common.proof import watch
+from common.proof.lessons import load as load_lesson
 from common.proof.lessons import on_the_path
 from common.small import arguments, be_alone, few, give, is_to_be_alone, network_of
 
@@ -146,16 +147,15 @@ def _watch_fit(side: str, lesson: str) -> list[bool]:
     """Return a list that tells whether the Trainer's fit was called; [] where that is no matter."""
     if side != "lightning" or lesson == "fabric":
         return []
-    import lightning as L
-
-    fitted, usual = [False], L.Trainer.fit
+    trainer = sys.modules["lightning"].Trainer  # which the lesson has imported
+    fitted, usual = [False], trainer.fit
 
     @functools.wraps(usual)
     def fit(*args: Any, **kwargs: Any) -> Any:
         fitted[0] = True
         return usual(*args, **kwargs)
 
-    L.Trainer.fit = fit  # type: ignore[method-assign]
+    trainer.fit = fit
     return fitted
 
 
@@ -231,8 +231,7 @@ def main(path: Path) -> None:
     os.chdir(job["folder"])
     keep_quiet()
     torch.set_num_threads(1)
-    if job["side"] in SIDES[1:]:
-        import lightning  # noqa: F401  # before the time begins to count
+    load_lesson(job["side"], job["lesson"])  # all that it imports, before the time counts
     path.with_suffix(".begun").touch()
     found = grade(job)
     found["error"] = printable(found["error"])

@@ -7,7 +7,7 @@ from common.messages import clear_messages
 from itertools import groupby
 
 PAGE = ROOT / "docs" / "exercises.md"
-BEGIN, END = "<!-- made by make exercise-list -->\n", "<!-- end -->"
+BEGIN, END = "<!-- made by common.exercises.page -->\n", "<!-- end -->"
 
 
 def table() -> str:

@@ -7,6 +7,8 @@ arrow keys are missing.
 """
 
 from common import ROOT, SIDES, figures
+from common.exercises.catalog import KINDS, of_lesson
+from common.exercises.catalog import exercises as every
 from common.messages import Parser, clear_messages
 from common.proof import hooks
 from common.proof.lessons import lessons
@@ -19,6 +21,7 @@ import re
 import shutil
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ HERE = Path(__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = PROJECT["urls"]["repository"]
 # Pages that are no lesson, in the order in which the menu names them.
-PAGES = ("ledger", "hooks", "pitfalls", "doctor", "migration", "glossary")
+PAGES = ("ledger", "hooks", "exercises", "pitfalls", "doctor", "migration", "glossary")
 # The minutes that a lesson takes, and what it asks for: a beginner, or someone who trains already.
 LEVELS = {
     "cifar": (20, "first steps"),
@@ -82,18 +85,24 @@ def _write_language(
     folder.mkdir(parents=True, exist_ok=True)
     # A comment in code is prose with names in it: `backticks` mark code, all else is text.
     names_only = MarkdownIt("zero").enable("backticks")
+
+    def note(text: str) -> Markup:
+        return Markup(names_only.renderInline(texts(text)))
+
     env = Environment(loader=FileSystemLoader(HERE / "templates"), undefined=StrictUndefined,
                       autoescape=True, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     env.globals |= {
         "_": texts,
         "inline": lambda text: Markup(md.renderInline(text, {"folder": ""})),
-        "note": lambda text: Markup(names_only.renderInline(texts(text))),
+        "note": note,
+        "text": lambda text: Markup("".join(_paragraph(note, part) for part in parts(text))),
         "language": language,
         "languages": {name: LANGUAGES[name] for name in translated()},
         "source": source,
         "lessons": list(pairs),
         "pages": PAGES,
         "SIDES": SIDES,
+        "KINDS": KINDS,
         "LETTER": LETTER,
         "NAMES": figures.SIDES | {"trainer": "Trainer"},
         "up": "" if language == "en" else "../",
@@ -112,7 +121,8 @@ def _write_language(
         text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         title, start, does, rest = split_page(text)
         values = dict(lesson=lesson, does=does, title=title, rows=lesson.rows)
-        write(name, "lesson.html", start=render(start), rest=render(rest), **values)
+        write(name, "lesson.html", start=render(start), rest=render(rest),
+              exercises=of_lesson(name), **values)  # fmt: skip
         write(f"{name}-slides", "slides.html", **values)
     for path in (*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"):
         if path.stem not in pairs and path.stem != "ledger":
@@ -132,9 +142,23 @@ def _write_language(
         raise ValueError(f"README lists other lessons than there are: {list(about)}")
     proof = json.loads((ROOT / "docs" / "cifar" / "parity.json").read_text(encoding="utf-8"))
     write("index", "index.html", title="Plain and Lightning", about=about, levels=LEVELS,
-          intro=render(intro, ""), proof=proof, curves=curves(proof), behaviours=len(ledger),
+          intro=render(intro, ""), proof=proof, curves=curves(proof),
+          behaviours=len(ledger), exercises=len(every()),
           moments=len(re.findall(r"^\| ", hooks.PAGE.read_text("utf-8"), re.MULTILINE)) - 2,
           pitfalls=(ROOT / "docs" / "pitfalls.md").read_text("utf-8").count("\n## "))  # fmt: skip
+
+
+def parts(text: str) -> list[str]:
+    """Return the paragraphs of an exercise's text."""
+    return text.strip("\n").split("\n\n")
+
+
+def _paragraph(note: Callable[[str], Markup], part: str) -> str:
+    """Return a paragraph as HTML; one that is indented becomes a list of its lines."""
+    if part.startswith("    "):
+        lines = "".join(f"<li>{note(line.strip())}</li>" for line in part.splitlines())
+        return f"<ul>{lines}</ul>"
+    return f"<p>{note(' '.join(part.split()))}</p>"
 
 
 def curves(proof: dict[str, Any], width: int = 640, height: int = 220) -> dict[str, str]:

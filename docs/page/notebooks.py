@@ -6,10 +6,11 @@ that the committed files are current.
 
 from common import ROOT, SIDES
 from common.environment import WITH_PROCESSES
+from common.exercises.catalog import of_lesson
 from common.messages import clear_messages
 from common.proof.lessons import lessons
 from common.proof.sidebyside import cells
-from docs.page.build import PROJECT, REPOSITORY
+from docs.page.build import PROJECT, REPOSITORY, parts
 from docs.page.prose import split_page
 
 import re
@@ -44,6 +45,11 @@ PROVE_BY_COMMAND = """\
 # A notebook's own process cannot be one of several: this runs both scripts, in two processes.
 !{{sys.executable}} -m common.proof.parity {lesson} --devices 2 \\
     --runs-dir runs/notebook {options}"""
+EXERCISES = """\
+## Exercises
+
+The first cell of each writes a file into `exercises/`. Open it in the list of files, change it and
+save it; the second cell checks it. For a hint: `!{sys.executable} -m common.exercises hint 01`."""
 # Short runs on the drawn shapes, in which every lesson learns something or shows what it is about.
 SHORT = {"data": "shapes", "max_epochs": 1, "limit_train_batches": 300, "limit_val_batches": 2,
          "limit_test_batches": 2}  # fmt: skip
@@ -89,13 +95,28 @@ def notebook(lesson: str) -> nbformat.NotebookNode:
     if lesson in WITH_PROCESSES:
         options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in chosen.items())
         proof = PROVE_BY_COMMAND.format(lesson=lesson, options=options)
-    made += [new_markdown_cell("## The proof"), new_code_cell(proof)]
+    made += [new_markdown_cell("## The proof"), new_code_cell(proof), *_exercises(lesson)]
     for number, cell in enumerate(made):
         cell["id"] = f"{lesson}-{number}"
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     whole = new_notebook(cells=made, metadata={"kernelspec": kernel})
     nbformat.validate(whole)
     return whole
+
+
+def _exercises(lesson: str) -> list[nbformat.NotebookNode]:
+    """Return the exercises of a lesson: a cell that writes the file, and one that checks it.
+
+    They are not run when the notebook is tested: they wait for the learner.
+    """
+    made = [new_markdown_cell(EXERCISES)]
+    for each in of_lesson(lesson):
+        task = "\n\n".join(parts(each.task))
+        made.append(new_markdown_cell(f"### {each.label} {each.title}\n\n*{each.about}*\n\n{task}"))
+        for command in ("start", "check"):
+            code = f"!{{sys.executable}} -m common.exercises {command} {each.label}"
+            made.append(new_code_cell(code, metadata={"tags": ["skip-execution"]}))
+    return made
 
 
 def _led(link: re.Match) -> str:
