@@ -37,7 +37,9 @@ def cases():
         page = path.read_text()
         for section in with_code(page):
             name = f"{path.stem}: {pages.title(section)}"
-            yield pytest.param(section, pages.preamble(page), path.stem, id=name)
+            # It starts a script, and a second process: half a minute of imports.
+            marks = [pytest.mark.slow] * ('id="script-runs-twice"' in section)
+            yield pytest.param(section, pages.preamble(page), path.stem, id=name, marks=marks)
 
 
 @pytest.mark.parametrize("section, preamble, page", list(cases()))
