@@ -14,6 +14,7 @@ from common.proof import hooks
 from common.proof.lessons import lessons
 from docs.page.lessons import LETTER, Lesson, Row, read_ledger, read_lesson
 from docs.page.prose import markdown, split_page
+from docs.page.readme import SWITCH
 from docs.page.texts import LANGUAGES, Texts, translated
 
 import json
@@ -63,7 +64,7 @@ def build(out: Path, source: str) -> dict[str, Texts]:
     catalogs = {language: Texts(language) for language in translated()}
     for language, texts in catalogs.items():
         _write_language(out, source.rstrip("/"), language, texts, ledger, pairs)
-    for name in ("style.css", "filter.js", "slides.js"):
+    for name in ("style.css", "filter.js", "slides.js", "languages.js"):
         shutil.copyfile(HERE / name, out / name)
     for picture in sorted((ROOT / "docs").rglob("*.png")):
         place = out / picture.relative_to(ROOT / "docs")
@@ -113,7 +114,8 @@ def _write_language(
         return Markup(md.render(text, {"folder": place}))
 
     def write(name: str, template: str, **values: Any) -> None:
-        kind = template.removesuffix(".html")
+        kind, texts.page = template.removesuffix(".html"), name
+        values["is_complete"] = texts.is_complete(name)
         page = env.get_template(template).render(page=name, kind=kind, **values)
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
 
@@ -121,6 +123,7 @@ def _write_language(
         text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         title, start, does, rest = split_page(text)
         values = dict(lesson=lesson, does=does, title=title, rows=lesson.rows)
+        texts.page = name
         write(name, "lesson.html", start=render(start), rest=render(rest),
               exercises=of_lesson(name), **values)  # fmt: skip
         write(f"{name}-slides", "slides.html", **values)
@@ -128,13 +131,14 @@ def _write_language(
         if path.stem not in pairs and path.stem != "ledger":
             title, text = path.read_text(encoding="utf-8").split("\n", 1)
             place = "docs" if path.parent.name == "docs" else ""
+            texts.page = path.stem.lower()
             write(path.stem.lower(), "prose.html", title=title.lstrip("# "),
                   body=render(text, place))  # fmt: skip
     write("ledger", "ledger.html", ledger=ledger, title="The ledger")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    intro = re.sub(
-        r"^\[!\[.*\n", "", readme.split("\n## ")[0].split("\n", 1)[1], flags=re.MULTILINE
-    )
+    start = SWITCH.sub("", readme.split("\n## ")[0].split("\n", 1)[1])
+    intro = re.sub(r"^\[!\[.*\n", "", start, flags=re.MULTILINE)
+    texts.page = "index"
     about = dict(
         re.findall(r"^\| \[(\w+)\]\(docs/\w+\.md\) \|.*\| (.+?) \|$", readme, re.MULTILINE)
     )

@@ -3,6 +3,7 @@
 from common import ROOT, SIDES, THIRD
 from common.proof.lessons import lessons
 from docs.page.lessons import LETTER, PYTHON
+from docs.page.rewrite import SHELL, shell
 from docs.page.texts import Texts
 
 import re
@@ -28,7 +29,10 @@ def markdown(texts: Texts, source: str) -> MarkdownIt:
     def translate(state):
         for token in state.tokens:
             if token.type == "inline":
+                token.meta["english"] = token.content
                 token.content = texts(token.content)
+            if token.type == "fence" and token.info in SHELL:
+                token.content = shell(token.content, texts)
 
     def lead(state):
         ids: list[str] = []
@@ -37,7 +41,8 @@ def markdown(texts: Texts, source: str) -> MarkdownIt:
                 token.attrSet("tabindex", "0")
         for opening, inline in zip(state.tokens, state.tokens[1:], strict=False):
             if opening.type == "heading_open":
-                opening.attrSet("id", heading_id(inline.content, ids))
+                # In every language the same, or no link would find it.
+                opening.attrSet("id", heading_id(inline.meta["english"], ids))
         for token in (child for parent in state.tokens for child in parent.children or []):
             for name in ("href", "src"):
                 if url := token.attrGet(name):
