@@ -168,7 +168,7 @@ def test_slides_move_by_the_arrow_keys(browser, site):
 
 
 def test_no_page_scrolls_sideways(page, site):
-    for name in names(site):
+    for name in (*names(site), *KOREAN):
         page.goto(f"file://{site}/{name}")
         for width in (360, 800, 1600):
             page.set_viewport_size({"width": width, "height": 800})
@@ -178,6 +178,23 @@ def test_no_page_scrolls_sideways(page, site):
     assert len(names(site)) >= 25
 
 
+def test_the_language_is_remembered_page_by_page(page, site):
+    """Once it is chosen, each page opens in it, at the same place; and back."""
+    page.goto(f"file://{site}/cifar.html#P65")
+    assert page.evaluate("document.documentElement.lang") == "en"
+    page.click(".languages a[lang=ko]")
+    assert page.url == f"file://{site}/ko/cifar.html#P65"
+    page.goto(f"file://{site}/optimize.html#L20")  # a link from elsewhere leads to the English one
+    page.wait_for_url(f"file://{site}/ko/optimize.html#L20")
+    page.click("nav a[href='ledger.html']")
+    assert page.url == f"file://{site}/ko/ledger.html"
+    page.click(".languages a[lang=en]")
+    assert page.url == f"file://{site}/ledger.html"
+    page.goto(f"file://{site}/ko/cifar.html")
+    page.wait_for_url(f"file://{site}/cifar.html")
+
+
+KOREAN = ("ko/index.html", "ko/cifar.html", "ko/ledger.html", "ko/optimize-slides.html")
 FEW = ("index.html", "cifar.html", "cifar-slides.html", "ledger.html")
 
 
@@ -189,7 +206,7 @@ def test_axe_finds_nothing(browser, site, scheme, width, every):
     """WCAG 2.1 AA, as far as a program can tell; on every page under make test-slow."""
     settings = dict(color_scheme=scheme, viewport={"width": width, "height": 900})
     for page in opened(browser, site, **settings):
-        for name in names(site) if every else FEW:
+        for name in (*names(site), *KOREAN) if every else (*FEW, KOREAN[1]):
             page.goto(f"file://{site}/{name}")
             assert violations(page) == {}, name
             count("pages without an obstacle")
