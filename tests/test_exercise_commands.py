@@ -16,7 +16,7 @@ import threading
 
 import pytest
 from graded import checked
-from helpers import count
+from helpers import count, some
 
 # What learners do.
 
@@ -79,7 +79,7 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", some(BAD, every=4))
 def test_what_breaks_off_is_said_in_one_sentence(name, workspace, monkeypatch):
     monkeypatch.setattr(check, "SECONDS", 2 if "endless" in name else 30)
     (old, new), expected = BAD[name]
@@ -304,6 +304,7 @@ def test_a_check_that_is_interrupted_ends_what_it_has_started(workspace, monkeyp
             os.kill(process.pid, 0)
 
 
+@pytest.mark.slow  # a check in processes of its own, which import all anew
 def test_by_make(tmp_path):
     """As it is typed, in processes of its own; a mistake ends with 2 and one sentence."""
 
