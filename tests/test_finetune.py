@@ -737,7 +737,7 @@ def test_what_is_given_to_load_from_checkpoint_becomes_a_setting(tmp_path):
         module = Settings.load_from_checkpoint(path, model=Noisy())
     assert module.hparams["lr"] == 0.3 and isinstance(module.hparams["model"], Noisy)
     module.save(path)
-    with pytest.raises(pickle.UnpicklingError, match=r"GLOBAL helpers\.Noisy"):
+    with pytest.raises(pickle.UnpicklingError, match=r"GLOBAL common\.small\.Noisy"):
         torch.load(path)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PAGE = ROOT / "docs" / "coverage.md"
+COMMANDS = ("```sh", "`make ")  # make setup is no hook
 PYTORCH, FABRIC = LIBRARY / "pytorch", LIBRARY / "fabric"
 HEAD = f"""\
 # What of Lightning the lessons cover
@@ -138,7 +139,8 @@ def pages_of(name: str) -> list[str]:
             continue
         text = path.read_text(encoding="utf-8")
         blocks = re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL)
-        if any(re.search(rf"\b{name}\b", block) for block in blocks):
+        code = [block for block in blocks if not block.startswith(COMMANDS)]
+        if any(re.search(rf"\b{name}\b", block) for block in code):
             found.append(f"[{path.stem}]({path.name})")
     return found
 
