@@ -6,7 +6,7 @@ status of check: 0 where it is solved, 1 where it is not yet, 2 where there is n
 
 from common.exercises.catalog import KINDS, Exercise, exercises, find
 from common.exercises.workspace import OURS, Workspace
-from common.messages import BadInput, Parser, clear_messages
+from common.messages import BadInput, Parser, clear_messages, printable
 
 import json
 import sys
@@ -26,7 +26,6 @@ EQUAL = {
     "weights": "the final weights",
     "optimizer": "the optimizer's state",
     "random": "the random-number generators",
-    "metrics": "counts and averages",
     "checkpoints": "the checkpoints",
 }
 
@@ -101,6 +100,7 @@ def start(workspace: Workspace, exercise: Exercise) -> int:
 def check_one(exercise: Exercise, workspace: Workspace, as_json: bool) -> int:
     """Check a file, note and print what came of it."""
     from common.exercises import check  # and PyTorch with it
+    from common.proof.compare import RELATIVE
 
     outcome = check.check(exercise, workspace)
     if outcome.solved:
@@ -110,16 +110,18 @@ def check_one(exercise: Exercise, workspace: Workspace, as_json: bool) -> int:
         return 0 if outcome.solved else NOT_YET
     for line in shown(outcome.printed, check.FEW):
         print(f"  | {line}")
+    if bits := [EQUAL[name] for name in outcome.compared if name in EQUAL]:
+        print(f"Equal, bit for bit: {', '.join(bits)}.")
+    if "metrics" in outcome.compared:
+        print(f"Equal within {RELATIVE}: counts and averages.")
     if not outcome.solved:
-        if outcome.compared:
-            print(f"Equal, bit for bit: {', '.join(EQUAL[name] for name in outcome.compared)}.")
         print(outcome.said)
         print(f"Exercise {exercise.label} is not solved yet. A hint: make hint N={exercise.label}")
         return NOT_YET
-    if outcome.compared:
-        print(f"Equal, bit for bit: {', '.join(EQUAL[name] for name in outcome.compared)}.")
     print(f"Exercise {exercise.label} is solved.\n")
-    print(outcome.said if exercise.kind == "predict" else paragraphs(exercise.explanation))
+    if outcome.said:
+        print(f"{paragraphs(outcome.said)}\n")
+    print(paragraphs(exercise.explanation))
     if following := next_one(workspace, after=exercise.number):
         print(f"\nThe next one: make exercise N={following.label}")
     else:
@@ -129,7 +131,7 @@ def check_one(exercise: Exercise, workspace: Workspace, as_json: bool) -> int:
 
 def shown(printed: tuple[str, ...], most: int) -> Iterator[str]:
     """Return the first lines that a file printed, and say where there are more."""
-    yield from (line[:120] for line in printed[:most])
+    yield from (printable(line[:120]) for line in printed[:most])
     if len(printed) > most:
         yield "... and more"
 

@@ -69,14 +69,15 @@ def check(exercise: Exercise, workspace: Workspace) -> Outcome:
             said = f"{workspace.said(exercise)}: {found['error']}."
             return Outcome(False, "run", said, printed=printed)
         comparison = compare(exercise, found["result"], json.loads(twin.read_text())["result"])
-        equal = tuple(stage.name for stage in comparison.stages if stage.compared)
+        stages = comparison.stages
+        equal = tuple(s.name for s in stages if s.compared and s.difference is None)
         first = comparison.first_difference
         if first is None:
             return Outcome(True, compared=equal, printed=printed)
         said = f"The first difference, in {NAMES[first.name]}: {first.difference}."
         if diagnosis := _doctor(folder / "trace", twin.with_suffix(".trace"), first.name):
             said += f"\n{diagnosis}"
-        return Outcome(False, first.name, said, equal[:-1], printed)
+        return Outcome(False, first.name, said, equal, printed)
 
 
 def compare(exercise: Exercise, yours: dict[str, Any], twin: dict[str, Any]) -> Comparison:
