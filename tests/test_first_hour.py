@@ -53,6 +53,7 @@ def typed(*command, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=env | environment)
 
 
+@pytest.mark.slow
 def test_a_notebooks_backend_does_no_harm():
     """Every Jupyter kernel sets it, also for the commands that are typed in a cell."""
     inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}

@@ -115,7 +115,7 @@ CHANGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", some(CHANGES))
+@pytest.mark.parametrize("name", some(CHANGES, every=8))
 def test_one_change_is_found(name, tmp_path, monkeypatch):
     side, stage, settings, *changes = CHANGES[name]
     changed = run(side, tmp_path / "changed", monkeypatch, *changes, **settings)

@@ -292,7 +292,7 @@ def test_killed_before_its_first_step(side, server, tmp_path):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("lesson", ["cifar", "resume"])
+@pytest.mark.parametrize("lesson", ["resume", pytest.param("cifar", marks=pytest.mark.slow)])
 def test_a_second_run_in_the_folder_is_refused(lesson, side, server, tmp_path):
     """And the first one ends as if there had been no second."""
     first = server.lesson(side, lesson, tmp_path, at=dict(step=3))

@@ -337,6 +337,7 @@ def check_printed_once(stdout):
         assert stdout.count(text) == 1, stdout
 
 
+@pytest.mark.slow
 def test_two_processes_by_make(undisturbed):
     folder, stdout = undisturbed("plain", *SHORT)
     check_printed_once(stdout)

@@ -28,6 +28,11 @@ ANCHORS = """
 """.split()
 
 
+# Ten seconds and more: they start processes, or train for long.
+SLOW = ('id="script-runs-twice"', "## Search a batch size", "## Another processor",
+        "## How rounding grows")  # fmt: skip
+
+
 def with_code(page):
     return [part for part in pages.sections(page) if pages.blocks(part, pages.preamble(page))]
 
@@ -37,8 +42,7 @@ def cases():
         page = path.read_text()
         for section in with_code(page):
             name = f"{path.stem}: {pages.title(section)}"
-            # It starts a script, and a second process: half a minute of imports.
-            marks = [pytest.mark.slow] * ('id="script-runs-twice"' in section)
+            marks = [pytest.mark.slow] * any(title in section for title in SLOW)
             yield pytest.param(section, pages.preamble(page), path.stem, id=name, marks=marks)
 
 

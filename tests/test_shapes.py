@@ -189,7 +189,8 @@ def accuracy_after_one_epoch(model, data, batch_size):
 
 
 # The lesson's own batches take 30 seconds; eight times as large at eight times the rate, a third.
-@pytest.mark.parametrize("batch_size", [pytest.param(4, marks=pytest.mark.slow), 32])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [4, 32])
 def test_the_network_learns_them_and_a_linear_model_does_not(batch_size):
     data = load_images("cifar10", options(batch_size), TO_ONE)
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import SIDES, arguments, count, lessons, load_lesson, small_data, train
+from helpers import SIDES, arguments, count, lessons, load_lesson, small_data, some, train
 from test_command_line import assert_refused, typed
 
 VALUES = ["", "text", "0", "-2", "3", "1", "1.5", "99999999999999999999", "\x1b[31m"]
@@ -247,7 +247,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("lesson", REFUSED)
+@pytest.mark.parametrize("lesson", some(REFUSED))
 def test_options_that_cannot_be(lesson, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for side in SIDES:
