@@ -4,7 +4,7 @@ from common import ROOT
 from common.exercises import __main__ as commands
 from common.exercises import check
 from common.exercises.catalog import exercises, find
-from common.exercises.workspace import Workspace
+from common.exercises.workspace import OURS, Workspace
 from common.messages import BadInput
 
 import json
@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 from graded import checked
@@ -88,7 +89,7 @@ def test_what_breaks_off_is_said_in_one_sentence(name, workspace, monkeypatch):
     assert not outcome.solved and outcome.stage == "run", outcome
     assert re.search(expected, said), said
     assert said.endswith(".") and "\n" not in said and "Traceback" not in said
-    assert said.startswith(os.path.relpath(workspace.path(find("1"))))
+    assert said.startswith(f"{workspace.path(find('1'))}: ")
     count("broken files")
 
 
@@ -112,8 +113,11 @@ def test_what_a_file_prints_is_shown(workspace, capsys):
 
 
 FILES = {
-    "gone": (lambda path: path.unlink(), "there is no file '.*'; `make exercise N=01` writes it"),
-    "empty": (lambda path: path.write_text(" \n"), "is empty; remove it, and `make exercise N=01`"),
+    "gone": (
+        lambda path: path.unlink(),
+        "there is no file '.*'; `make exercise N=01 .*` writes it",
+    ),
+    "empty": (lambda path: path.write_text(" \n"), "is empty; remove it, and `make exercise N=01 "),
     "no text": (lambda path: path.write_bytes(b"a\xff"), "is no text in UTF-8 .at byte 2."),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read: Is a directory"),
 }
@@ -199,7 +203,7 @@ def test_begin_hint_solve_and_go_on(workspace, capsys):
     assert run(workspace, "check", "1") == 0
     said = capsys.readouterr().out
     assert "Exercise 01 is solved." in said and "Gradients add up" in said
-    assert "make exercise N=02" in said
+    assert f"make exercise N=02 WORKSPACE={workspace.folder}\n" in said
     # Begun again, it is left as it is.
     assert run(workspace, "start", "1") == 0
     assert "is there already, and is left as it is" in capsys.readouterr().out
@@ -329,3 +333,11 @@ def test_by_make(tmp_path):
         said = make(*words)
         assert said.returncode == 2 and expected in said.stderr, said.stderr
         assert "Traceback" not in said.stderr and said.stderr.count("error: ") == 1
+
+
+def test_a_command_names_the_folder_where_it_is_not_ours():
+    ours, other = Workspace(OURS), Workspace(OURS.parent / "a class" / "kim")
+    assert ours.typed("check", find("7")) == "make check N=07"
+    assert other.typed("hint", find("7")).startswith("make hint N=07 WORKSPACE='/")
+    assert ours.said(find("1")) == "exercises/01_left_over_gradients.py"
+    assert Workspace(Path("/elsewhere")).said(find("1")).startswith("/elsewhere/01_")

@@ -67,7 +67,7 @@ def show_list(workspace: Workspace, _: Exercise | None) -> int:
             about = f"{KINDS[each.kind]}, level {each.level}, {each.minutes} minutes"
             print(f"  {each.label}  {state:7} {each.title:52} {about}")
     if following := next_one(workspace):
-        print(f"\nThe next one: make exercise N={following.label}")
+        print(f"\nThe next one: {workspace.typed('exercise', following)}")
     else:
         print("\nAll are solved.")
     return 0
@@ -93,7 +93,7 @@ def start(workspace: Workspace, exercise: Exercise) -> int:
         print(f"\nThe answers stand in {said}. Write the letter of yours into it, then type")
     else:
         print(f"\nIts twin is {exercise.twin}. Open {said}, change it, save it, then type")
-    print(f"    make check N={exercise.label}      make hint N={exercise.label}")
+    print(f"    {workspace.typed('check', exercise)}      {workspace.typed('hint', exercise)}")
     return 0
 
 
@@ -115,15 +115,16 @@ def check_one(exercise: Exercise, workspace: Workspace, as_json: bool) -> int:
     if "metrics" in outcome.compared:
         print(f"Equal within {RELATIVE}: counts and averages.")
     if not outcome.solved:
-        print(outcome.said)
-        print(f"Exercise {exercise.label} is not solved yet. A hint: make hint N={exercise.label}")
+        print(paragraphs(outcome.said) if exercise.kind == "predict" else outcome.said)
+        print(f"Exercise {exercise.label} is not solved yet.")
+        print(f"A hint: {workspace.typed('hint', exercise)}")
         return NOT_YET
     print(f"Exercise {exercise.label} is solved.\n")
     if outcome.said:
         print(f"{paragraphs(outcome.said)}\n")
     print(paragraphs(exercise.explanation))
     if following := next_one(workspace, after=exercise.number):
-        print(f"\nThe next one: make exercise N={following.label}")
+        print(f"\nThe next one: {workspace.typed('exercise', following)}")
     else:
         print("\nAll exercises are solved.")
     return 0
@@ -180,9 +181,9 @@ def hint(workspace: Workspace, exercise: Exercise) -> int:
         print(f"Hint {number + 1} of {count} for exercise {exercise.label}")
         print(f"{paragraphs(exercise.hints[number])}\n")
     if seen + 1 < count:
-        print(f"The next one: make hint N={exercise.label}")
+        print(f"The next one: {workspace.typed('hint', exercise)}")
     else:
-        print(f"There are no more. The solution: make solution N={exercise.label}")
+        print(f"There are no more. The solution: {workspace.typed('solution', exercise)}")
     workspace.note(exercise, hints=min(seen + 1, count))
     return 0
 
@@ -194,7 +195,7 @@ def solution(workspace: Workspace, exercise: Exercise) -> int:
         workspace.note(exercise, asked=True)
         print(
             f"Exercise {exercise.label} is not solved yet. Whoever wants to see the solution "
-            f"nevertheless asks once more:\n    make solution N={exercise.label}"
+            f"nevertheless asks once more:\n    {workspace.typed('solution', exercise)}"
         )
         return 0
     print(f"{exercise.difference()}\n\n{paragraphs(exercise.explanation)}")

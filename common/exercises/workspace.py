@@ -10,6 +10,7 @@ from common.messages import BadInput
 
 import json
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,14 @@ class Workspace:
         return self.folder / exercise.file
 
     def said(self, exercise: Exercise) -> str:
-        """Name a file as the learner types it."""
-        return os.path.relpath(self.path(exercise))
+        """Name a file: within this repository as the learner types it."""
+        path = self.path(exercise)
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+    def typed(self, command: str, exercise: Exercise) -> str:
+        """Return the command that does something with an exercise in this folder."""
+        more = "" if self.folder == OURS else f" WORKSPACE={shlex.quote(str(self.folder))}"
+        return f"make {command} N={exercise.label}{more}"
 
     def begin(self, exercise: Exercise) -> bool:
         """Write the file of an exercise; return False, and leave it alone, where there is one."""
@@ -42,7 +49,7 @@ class Workspace:
 
     def read(self, exercise: Exercise) -> str:
         """Return what the learner wrote; raise BadInput where it is no text, empty or not there."""
-        path, again = self.path(exercise), f"make exercise N={exercise.label}"
+        path, again = self.path(exercise), self.typed("exercise", exercise)
         said = self.said(exercise)
         try:
             text = path.read_bytes().decode("utf-8-sig")
