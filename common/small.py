@@ -10,16 +10,19 @@ from common.environment import WITH_PROCESSES
 from common.models import GAN
 from common.models import NETWORKS as NETWORKS_OF_SPEED
 from common.models_text import GPT
-from common.networks import NETWORKS
+from common.networks import NETWORKS, data_of
 
+import contextlib
+import functools
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import samebits
 import torch
 from torch import Tensor, nn
 
@@ -63,10 +66,6 @@ NETWORK_NAMES = {
 }  # fmt: skip
 
 
-def data_of(lesson: str) -> str:
-    return next(network.data for network in NETWORKS if network.lesson == lesson)
-
-
 def network_of(lesson: str) -> Callable[..., nn.Module]:
     """Return what builds the small network of a lesson."""
     return OWN_NETWORK.get(lesson) or NOISY[data_of(lesson)]
@@ -86,13 +85,10 @@ def split(images: Images, lesson: str, sizes: tuple[int, ...] = (120, 130, 140))
     return Data(*splits)
 
 
-def few_shapes(lesson: str) -> Data:
-    """Return 390 drawn images in the format that a lesson takes."""
-    draw = {
-        "cifar10": data.shapes.draw_shapes,
-        "fashionmnist": data.shapes.draw_grey_shapes,
-    }[data_of(lesson)]
-    return split(Images(*draw(390, 2), name="shapes", classes=data.shapes.CLASSES), lesson)
+def drawn(name: str, count: int) -> Images:
+    """Return drawn images in the format of a data set, the same ones each time."""
+    draw = {"cifar10": data.shapes.draw_shapes, "fashionmnist": data.shapes.draw_grey_shapes}
+    return Images(*draw[name](count, 2), name="shapes", classes=data.shapes.CLASSES)
 
 
 def small_text() -> text.Text:
@@ -102,7 +98,7 @@ def small_text() -> text.Text:
 
 def few(lesson: str) -> Any:
     """Return what a lesson trains on, in small: images or text."""
-    return small_text() if lesson == "tokens" else few_shapes(lesson)
+    return small_text() if lesson == "tokens" else split(drawn(data_of(lesson), 390), lesson)
 
 
 def give(
@@ -136,6 +132,34 @@ def give(
     # The drawing of pictures takes longer than the training of so few steps.
     patch(figures, "draw", lambda *_: {})
     patch(figures, "SHOWN", 8)  # of the pictures that `callbacks` draws itself
+
+
+@contextlib.contextmanager
+def traced(network: Callable[..., nn.Module], path: Path) -> Iterator[Callable[..., nn.Module]]:
+    """Give what builds the network with a trace around it, until the block's end.
+
+    A lesson builds its network within `main`, so the trace begins there. The trace of one that is
+    built before the training, for a summary, is overwritten; one that is built after it, to be
+    returned, is not traced.
+    """
+    traces: list[samebits.Trace] = []
+
+    def close() -> None:
+        while traces:
+            traces.pop().__exit__(None, None, None)
+
+    @functools.wraps(network, updated=())
+    def build(*args: Any, **kwargs: Any) -> nn.Module:
+        if traces and traces[0].steps:
+            return network(*args, **kwargs)
+        close()
+        traces.append(samebits.Trace(network(*args, **kwargs), path=path).__enter__())
+        return traces[0].model
+
+    try:
+        yield build
+    finally:
+        close()
 
 
 # What torchrun would tell a process that is alone.

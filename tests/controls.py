@@ -6,9 +6,9 @@ docs/doctor.md. tests/test_doctor.py runs the same (a part in `make test`, all i
 
 from common import ROOT
 from common.messages import clear_messages
+from common.small import traced
 
 import contextlib
-import functools
 import io
 import os
 import sys
@@ -24,8 +24,8 @@ from controls_gan import GANS
 from controls_predict import PREDICT
 from controls_tokens import TOKENS
 from controls_when import WHEN
-from helpers import NOISY, OWN_NETWORK, SIDES, Noisy, lessons, train
-from samebits import Diagnosis, Trace, compare
+from helpers import SIDES, Noisy, lessons, network_of, train
+from samebits import Diagnosis, compare
 from torch import nn
 
 PAGE = ROOT / "docs" / "doctor.md"
@@ -313,35 +313,10 @@ EQUAL: list[dict[str, Any]] = [
 
 
 def trace(side: str, path: Path, monkeypatch, *changes, model=None, lesson="cifar", **settings):
-    """Train one side as `helpers.train` does, with a trace around it; nothing in it changes.
-
-    A lesson builds its network within `main`, so the trace begins there. One that a summary is
-    made of is built before: its trace is overwritten. One that is built after the training, to be
-    returned, is not traced.
-    """
-    traces: list[Trace] = []
-    data = "fashionmnist" if lesson == "fashion" else "cifar10"
-    network = model or OWN_NETWORK.get(lesson) or NOISY[data]
-
-    def close():
-        for one in traces:
-            one.__exit__(None, None, None)
-        traces.clear()
-
-    @functools.wraps(network, updated=())
-    def build(*args, **kwargs):
-        if traces and traces[0].steps:
-            return network(*args, **kwargs)
-        close()
-        traces.append(Trace(network(*args, **kwargs), path=path).__enter__())
-        return traces[0].model
-
-    try:
-        run = train(side, path.with_suffix(""), monkeypatch, *changes, model=build, lesson=lesson,
-                    **settings)  # fmt: skip
-    finally:
-        close()
-    return run
+    """Train one side as `helpers.train` does, with a trace around it; nothing in it changes."""
+    with traced(model or network_of(lesson), path) as build:
+        return train(side, path.with_suffix(""), monkeypatch, *changes, model=build,
+                     lesson=lesson, **settings)  # fmt: skip
 
 
 def diagnose(control: Control, folder: Path) -> Diagnosis:

@@ -1,6 +1,6 @@
 """What the tests share: loading a lesson, changed or not, and training it on a few images."""
 
-from common import ROOT, SIDES, THIRD, data, resume, small
+from common import ROOT, SIDES, THIRD, resume, small
 from common.data import Data, Images
 from common.download import is_here, read_real
 from common.proof import watch
@@ -72,13 +72,10 @@ def real_data(name: str = "cifar10") -> Path | None:
 @functools.cache
 def some_images(name: str = "cifar10") -> Images:
     """2,000 images in that set's format: real ones where DATA_DIR has them, else shapes."""
-    if folder := real_data(name):
-        classes, _, test = read_real(name, folder)
-    else:
-        draw = {"cifar10": data.shapes.draw_shapes, "fashionmnist": data.shapes.draw_grey_shapes}
-        classes, test = data.shapes.CLASSES, draw[name](2000, 2)
-    used = name if folder else "shapes"
-    return Images(test[0][:2000], test[1][:2000], name=used, classes=tuple(classes))
+    if not (folder := real_data(name)):
+        return small.drawn(name, 2000)
+    classes, _, test = read_real(name, folder)
+    return Images(test[0][:2000], test[1][:2000], name=name, classes=tuple(classes))
 
 
 def small_data(train: int = 120, val: int = 130, test: int = 140, lesson: str = "cifar") -> Data:

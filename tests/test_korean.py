@@ -10,6 +10,7 @@ from docs.page.texts import COMPLETE, LOCALE, Texts, all_texts, update
 
 import ast
 import re
+import shutil
 
 import pytest
 from babel.messages.pofile import read_po
@@ -62,9 +63,7 @@ def test_no_entry_is_stale_fuzzy_or_twice(used):
 
 def test_writing_the_files_anew_changes_nothing(used, tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "LOCALE", tmp_path)
-    (tmp_path / "ko").mkdir()
-    for path in (LOCALE / "ko").glob("*.po"):
-        (tmp_path / "ko" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(LOCALE / "ko", tmp_path / "ko")
     for path in update("ko", used):
         assert path.read_bytes() == (LOCALE / "ko" / path.name).read_bytes(), path.name
 
@@ -77,7 +76,7 @@ def test_a_changed_paragraph_is_shown_in_english():
     assert fresh(changed) == changed and fresh.missing == {changed}
 
 
-def test_a_changed_paragraph_is_noticed(used):
+def test_a_changed_paragraph_is_noticed(used, tmp_path, monkeypatch):
     """An edited English paragraph is a missing key, and leaves a stale one."""
     key = next(key for key in used["cifar"] if key.startswith("**The order of a step.**"))
     edited = {page: dict.fromkeys(keys) for page, keys in used.items()}
@@ -86,6 +85,12 @@ def test_a_changed_paragraph_is_noticed(used):
             keys[f"{key} And more."] = keys.pop(key)
     assert f"{key} And more." not in KO.known
     assert key not in {each for page in edited.values() for each in page}
+    # The files written anew: the paragraph waits for its translation, and the old one is gone.
+    monkeypatch.setattr(texts, "LOCALE", tmp_path)
+    shutil.copytree(LOCALE / "ko", tmp_path / "ko")
+    update("ko", edited)
+    now = Texts("ko", tmp_path / "ko").known
+    assert key not in now and f"{key} And more." not in now and len(now) == len(KO.known) - 1
 
 
 # What is said.

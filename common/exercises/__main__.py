@@ -4,13 +4,12 @@ list, start NUMBER, check NUMBER or --all, hint NUMBER, solution NUMBER, watch [
 status of check: 0 where it is solved, 1 where it is not yet, 2 where there is nothing to check.
 """
 
-from common.exercises.catalog import KINDS, Exercise, exercises, find
+from common.exercises.catalog import KINDS, Exercise, exercises, find, paragraphs
 from common.exercises.workspace import OURS, Workspace
 from common.messages import BadInput, Parser, clear_messages, printable
 
 import json
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from itertools import groupby
@@ -33,7 +32,7 @@ EQUAL = {
 def main(argv: list[str]) -> int:
     """Do one of the commands; return the exit status."""
     parser = Parser(prog="python -m common.exercises", description=__doc__)
-    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("command", choices=("check", *COMMANDS))
     parser.add_argument("number", nargs="?", default="", help="of an exercise, such as 07")
     parser.add_argument("--all", action="store_true", help="check all that were begun")
     parser.add_argument("--json", action="store_true", help="say it for machines")
@@ -47,9 +46,9 @@ def main(argv: list[str]) -> int:
         )
     if args.command == "check" and args.all:
         return check_all(workspace, args.json)
-    exercise = find(args.number) if args.number else None
+    exercise: Any = find(args.number) if args.number else None
     if args.command == "check":
-        return check_one(find(args.number), workspace, args.json)
+        return check_one(exercise, workspace, args.json)
     return COMMANDS[args.command](workspace, exercise)
 
 
@@ -97,18 +96,26 @@ def start(workspace: Workspace, exercise: Exercise) -> int:
     return 0
 
 
-def check_one(exercise: Exercise, workspace: Workspace, as_json: bool) -> int:
-    """Check a file, note and print what came of it."""
-    from common.exercises import check  # and PyTorch with it
-    from common.proof.compare import RELATIVE
+def graded(exercise: Exercise, workspace: Workspace) -> Any:
+    """Check a file, and note where it is solved; return what came of it."""
+    from common.exercises import check
 
     outcome = check.check(exercise, workspace)
     if outcome.solved:
         workspace.note(exercise, solved=True)
+    return outcome
+
+
+def check_one(exercise: Exercise, workspace: Workspace, as_json: bool) -> int:
+    """Check a file, and print what came of it."""
+    from common.exercises.check import FEW  # and PyTorch with it
+    from common.proof.compare import RELATIVE
+
+    outcome = graded(exercise, workspace)
     if as_json:
         print(json.dumps(as_data(exercise, outcome)))
         return 0 if outcome.solved else NOT_YET
-    for line in shown(outcome.printed, check.FEW):
+    for line in shown(outcome.printed, FEW):
         print(f"  | {line}")
     if bits := [EQUAL[name] for name in outcome.compared if name in EQUAL]:
         print(f"Equal, bit for bit: {', '.join(bits)}.")
@@ -144,7 +151,7 @@ def as_data(exercise: Exercise, outcome: Any) -> dict[str, Any]:
 
 def check_all(workspace: Workspace, as_json: bool) -> int:
     """Check all exercises that were begun; return 0 where each of them is solved."""
-    from common.exercises import check
+    from common.exercises.check import Outcome
 
     begun = [each for each in exercises().values() if workspace.path(each).exists()]
     if not begun:
@@ -154,12 +161,10 @@ def check_all(workspace: Workspace, as_json: bool) -> int:
     found = []
     for exercise in begun:
         try:
-            outcome = check.check(exercise, workspace)
+            outcome = graded(exercise, workspace)
         except BadInput as fault:
-            outcome = check.Outcome(False, "file", f"{fault}")
+            outcome = Outcome(False, "file", f"{fault}")
         found.append(as_data(exercise, outcome))
-        if outcome.solved:
-            workspace.note(exercise, solved=True)
         if not as_json:
             state = "solved" if outcome.solved else f"not yet: {outcome.said.splitlines()[0]}"
             print(f"{exercise.label}  {state}", flush=True)
@@ -234,17 +239,8 @@ def _saved(path: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-def paragraphs(text: str) -> str:
-    """Break a text into lines of 88 letters; what is indented is code, and stays as it is."""
-    parts = text.strip("\n").split("\n\n")
-    return "\n\n".join(
-        p if p.startswith("    ") else textwrap.fill(" ".join(p.split()), 88) for p in parts
-    )
-
-
 COMMANDS: dict[str, Any] = {
-    "list": show_list, "start": start, "check": check_one, "hint": hint, "solution": solution,
-    "watch": watch,
+    "list": show_list, "start": start, "hint": hint, "solution": solution, "watch": watch,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ KINDS = {
     "predict": "predict first",
 }
 TWIN = {"plain": "lightning", "lightning": "plain"}
-WIDTH = 88  # of the texts that are written into a file
+WIDTH = 88  # of the texts that a learner reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +97,8 @@ class Exercise:
         return "\n".join(lines)
 
     def _head(self) -> str:
-        parts = [f"Exercise {self.label}: {self.title} ({self.about})"]
-        parts += self.task.strip().split("\n\n")
-        return "\n\n".join(_wrapped(part) for part in parts)
+        first = f"Exercise {self.label}: {self.title} ({self.about})"
+        return paragraphs(f"{first}\n\n{self.task}")
 
     def _script(self, *changes: tuple[str, str]) -> str:
         """Return the lesson's text after the changes, without what would give them away.
@@ -135,9 +134,17 @@ class Exercise:
         return f'"""{self._head()}\n\n{answers}\n\n{last}\n"""\n\nanswer = ""\n'
 
 
-def _wrapped(text: str) -> str:
-    """Break a paragraph into lines; one that is indented is code, and stays as it is."""
-    return text if text.startswith("    ") else textwrap.fill(" ".join(text.split()), WIDTH)
+def parts(text: str) -> list[str]:
+    """Return the paragraphs of a text; one that is indented is code."""
+    return text.strip("\n").split("\n\n")
+
+
+def paragraphs(text: str) -> str:
+    """Break a text into lines of WIDTH letters; code stays as it is."""
+    return "\n\n".join(
+        part if part.startswith("    ") else textwrap.fill(" ".join(part.split()), WIDTH)
+        for part in parts(text)
+    )
 
 
 @functools.cache

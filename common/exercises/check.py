@@ -7,8 +7,9 @@ is kept: it is the same each time, on one machine.
 from common import ROOT, script_of
 from common.exercises.catalog import TWIN, Exercise
 from common.exercises.workspace import KEPT, Workspace
+from common.folders import write_whole
 from common.messages import BadInput
-from common.proof.compare import NAMES, Comparison, compare_stages
+from common.proof.compare import NAMES, compare_stages
 from common.proof.fingerprints import code_sha256, versions
 from common.small import ALONE, free_port
 
@@ -68,7 +69,8 @@ def check(exercise: Exercise, workspace: Workspace) -> Outcome:
         if found["error"]:
             said = f"{workspace.said(exercise)}: {found['error']}."
             return Outcome(False, "run", said, printed=printed)
-        comparison = compare(exercise, found["result"], json.loads(twin.read_text())["result"])
+        yours = found["result"] | {"side": "yours"}
+        comparison = compare_stages(yours, json.loads(twin.read_text()) | {"side": "the twin"})
         stages = comparison.stages
         equal = tuple(s.name for s in stages if s.compared and s.difference is None)
         first = comparison.first_difference
@@ -78,13 +80,6 @@ def check(exercise: Exercise, workspace: Workspace) -> Outcome:
         if diagnosis := _doctor(folder / "trace", twin.with_suffix(".trace"), first.name):
             said += f"\n{diagnosis}"
         return Outcome(False, first.name, said, equal, printed)
-
-
-def compare(exercise: Exercise, yours: dict[str, Any], twin: dict[str, Any]) -> Comparison:
-    """Compare a learner's result with the twin's, stage by stage."""
-    stages = [name for name in NAMES if name != "checkpoints"]
-    stages += ["checkpoints"] * bool(yours["checkpoints"] or twin["checkpoints"])
-    return compare_stages(yours | {"side": "yours"}, twin | {"side": "the twin"}, stages)
 
 
 def _doctor(yours: Path, twin: Path, stage: str) -> str:
@@ -155,9 +150,8 @@ def twin_of(exercise: Exercise) -> Path:
             KEPT.mkdir(parents=True, exist_ok=True)
             if (folder / "trace").is_file():
                 shutil.copyfile(folder / "trace", path.with_suffix(".trace"))
-            half = path.with_suffix(f".half{os.getpid()}")
-            half.write_text(json.dumps({"result": found["result"]}), encoding="utf-8")
-            half.replace(path)
+            result = json.dumps(found["result"])
+            write_whole(path, lambda half: half.write_text(result, encoding="utf-8"))
         except OSError as error:
             raise BadInput(
                 f"what the twin reached cannot be kept in '{KEPT}': {error.strerror}."

@@ -6,12 +6,12 @@ it broke off, else "", `result`, what a run's result.json holds, and `printed`, 
 file itself printed. The trace for the doctor lies beside it.
 """
 
-from common import script_of
+from common.folders import write_whole
 from common.messages import BadInput, keep_quiet, printable
 from common.proof import watch
+from common.proof.lessons import as_module
 from common.proof.lessons import load as load_lesson
-from common.proof.lessons import on_the_path
-from common.small import arguments, be_alone, few, give, is_to_be_alone, network_of
+from common.small import arguments, be_alone, few, give, is_to_be_alone, network_of, traced
 
 import ast
 import contextlib
@@ -23,12 +23,11 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-import samebits
 import torch
 from torch import nn
 
@@ -53,7 +52,7 @@ def grade(job: dict[str, Any]) -> dict[str, Any]:
         with limited(job["seconds"]):
             found["result"] = _train(job, script, printed)
     except BaseException as error:
-        found["error"], found["line"] = say(error, script, job["seconds"])
+        found["error"] = printable(say(error, script, job["seconds"]))
     return found
 
 
@@ -66,11 +65,6 @@ def _train(job: dict[str, Any], script: Path, printed: list[str]) -> dict[str, A
         if not callable(getattr(module, name, None)):
             raise Unfit(f"there is no {name} in it any more; make check calls main(Args(...))")
     fitted = _watch_fit(side, lesson)
-    traces: list[samebits.Trace] = []
-    network = network_of(lesson)
-    if job["processes"] == 1 and not job["resume_at"]:
-        network = traced(network, folder / "trace", traces)
-    give(module, few(lesson), network, lesson)
 
     def main(args: Any) -> nn.Module:
         net = module.main(args)
@@ -96,15 +90,17 @@ def _train(job: dict[str, Any], script: Path, printed: list[str]) -> dict[str, A
                 "gave: main has to do both"
             ) from error
 
-    try:
+    network: Any = contextlib.nullcontext(network_of(lesson))
+    if job["processes"] == 1 and not job["resume_at"]:
+        network = traced(network_of(lesson), folder / "trace")
+    with network as build:
+        give(module, few(lesson), build, lesson)
         result = once()
         if step := job["resume_at"]:
             path = folder / lesson / side / "checkpoints" / f"step_{step:08d}.ckpt"
             if not path.is_file():
                 raise Unfit(f"it left no checkpoint of step {step}, {path.name}, to resume from")
             result = once(ckpt_path=path)
-    finally:
-        close(traces)
     if result and not (result["train_loss"] and result["fingerprints"]["start"]):
         raise Unfit("it came to its end without an optimizer's step: nothing was trained")
     return result
@@ -112,13 +108,9 @@ def _train(job: dict[str, Any], script: Path, printed: list[str]) -> dict[str, A
 
 def load(script: Path, side: str, lesson: str, printed: list[str]) -> ModuleType:
     """Run a file as a module of a lesson, and note what it prints."""
-    name = script_of(side, lesson).stem
     source = script.read_text(encoding="utf-8-sig")
     if side == "plain" and (found := _imported(source) & LIBRARIES):
         raise Unfit(f"it imports {found.pop()}; this exercise is of the plain side, by hand")
-    module = ModuleType(f"{side}_{name}")
-    module.__file__ = str(script)
-    sys.modules[module.__name__] = module  # where dataclasses look for it
 
     def note(*values: Any, sep: str | None = " ", end: str | None = "\n", **_: Any) -> None:
         text = io.StringIO()
@@ -126,10 +118,7 @@ def load(script: Path, side: str, lesson: str, printed: list[str]) -> ModuleType
         if len(printed) <= MOST:  # one more, to tell that there were
             printed.extend(text.getvalue().splitlines())
 
-    module.__dict__["print"] = note
-    with on_the_path(side):
-        exec(compile(source, str(script), "exec"), module.__dict__)
-    return module
+    return as_module(source, script, side, lesson, print=note)
 
 
 def _imported(source: str) -> set[str]:
@@ -159,31 +148,6 @@ def _watch_fit(side: str, lesson: str) -> list[bool]:
     return fitted
 
 
-def traced(
-    network: Callable[..., nn.Module], path: Path, traces: list[samebits.Trace]
-) -> Callable[..., nn.Module]:
-    """Return what builds the network with a trace around it.
-
-    The trace of one that is built before the training, for a summary, is overwritten; one that is
-    built after it is not traced.
-    """
-
-    @functools.wraps(network, updated=())
-    def build(*args: Any, **kwargs: Any) -> nn.Module:
-        if traces and traces[0].steps:
-            return network(*args, **kwargs)
-        close(traces)
-        traces.append(samebits.Trace(network(*args, **kwargs), path=path).__enter__())
-        return traces[0].model
-
-    return build
-
-
-def close(traces: list[samebits.Trace]) -> None:
-    while traces:
-        traces.pop().__exit__(None, None, None)
-
-
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
     """Raise TimeIsUp where the block is when its time is over, and again each second after it."""
@@ -199,30 +163,27 @@ def limited(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def say(error: BaseException, script: Path, seconds: float) -> tuple[str, int]:
-    """Say in one sentence why a file broke off, and in which of its lines; 0 where in none."""
+def say(error: BaseException, script: Path, seconds: float) -> str:
+    """Say in one sentence why a file broke off, and in which of its lines."""
     if isinstance(error, SyntaxError) and error.filename == str(script):
         text = (error.text or "").strip()
         shown = f": `{text}`" if text else ""
-        return f"Python cannot read line {error.lineno}{shown} ({error.msg})", error.lineno or 0
+        return f"Python cannot read line {error.lineno}{shown} ({error.msg})"
     frames = traceback.extract_tb(error.__traceback__)
     line = next((f.lineno or 0 for f in reversed(frames) if f.filename == str(script)), 0)
     text = linecache.getline(str(script), line).strip()
     where = f" in line {line}, `{text}`" if line else ""
     if isinstance(error, NotImplementedError) and text.startswith("raise NotImplementedError"):
-        return f"line {line} is yet to be written: {error}", line
+        return f"line {line} is yet to be written: {error}"
     if isinstance(error, TimeIsUp):
-        return f"it was still at work after {seconds:g} seconds{where}; does it ever end?", line
+        return f"it was still at work after {seconds:g} seconds{where}; does it ever end?"
     if isinstance(error, SystemExit):
-        return f"it ends Python{where}; make check needs main to return", line
+        return f"it ends Python{where}; make check needs main to return"
     if isinstance(error, Unfit | BadInput):
-        return f"{error}".rstrip("."), line
+        return f"{error}".rstrip(".")
     said = " ".join(f"{error}".split())
     said = said if len(said) < 300 else f"{said[:300]} ..."
-    return (
-        f"{type(error).__name__}{where}: {said}" if said else f"{type(error).__name__}{where}",
-        line,
-    )
+    return f"{type(error).__name__}{where}" + (f": {said}" if said else "")
 
 
 def main(path: Path) -> None:
@@ -233,11 +194,8 @@ def main(path: Path) -> None:
     torch.set_num_threads(1)
     load_lesson(job["side"], job["lesson"])  # all that it imports, before the time counts
     path.with_suffix(".begun").touch()
-    found = grade(job)
-    found["error"] = printable(found["error"])
-    half = path.with_suffix(".half")
-    half.write_text(json.dumps(found), encoding="utf-8")
-    half.replace(path.with_suffix(".found"))
+    found = json.dumps(grade(job))
+    write_whole(path.with_suffix(".found"), lambda half: half.write_text(found, encoding="utf-8"))
     # A thread or a process that the file has left behind would keep this one.
     os._exit(0)
 

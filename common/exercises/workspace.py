@@ -5,7 +5,7 @@ Nothing of the learner's is ever overwritten: a file is written only where there
 
 from common import ROOT
 from common.exercises.catalog import Exercise
-from common.folders import write_whole
+from common.folders import is_writable, write_whole
 from common.messages import BadInput
 
 import json
@@ -98,7 +98,7 @@ class Workspace:
     def _writable(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK):
+            if not is_writable(self.folder):
                 raise PermissionError(13, "you may not write there")
         except OSError as error:
             raise BadInput(

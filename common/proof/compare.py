@@ -52,14 +52,17 @@ def compare_results(a: Result, b: Result) -> Comparison:
     Raises BadInput where they cannot be the same: other lesson, data, settings or versions.
     """
     refuse_different_settings(a, b)
-    names = [name for name in CHECKS if name != "checkpoints"]
-    # Some lessons write none.
-    names += ["checkpoints"] * bool(a["checkpoints"] or b["checkpoints"])
-    return compare_stages(a, b, names)
+    return compare_stages(a, b)
 
 
-def compare_stages(a: Result, b: Result, names: Sequence[str]) -> Comparison:
-    """Compare two results in the stages that are named, each only if those before it are equal."""
+def compare_stages(a: Result, b: Result, names: Sequence[str] = ()) -> Comparison:
+    """Compare two results stage by stage, each only if those before it are equal.
+
+    The stages are those that are named, else all; the checkpoints only where there are any.
+    """
+    if not names:
+        names = [name for name in CHECKS if name != "checkpoints"]
+        names += ["checkpoints"] * bool(a["checkpoints"] or b["checkpoints"])
     stages: list[Stage] = []
     for name in names:
         if any(stage.difference is not None for stage in stages):

@@ -6,7 +6,9 @@ from common.networks import NETWORKS
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 def lessons() -> list[str]:
@@ -27,10 +29,16 @@ def load(side: str, name: str, *changes: tuple[str, str]) -> ModuleType:
         if source.count(old) != 1:
             raise ValueError(f"{path} has {source.count(old)} times: {old}")
         source = source.replace(old, new)
+    return as_module(source, path, side, name)
+
+
+def as_module(source: str, path: Path, side: str, name: str, **given: Any) -> ModuleType:
+    """Run a text, of the file `path`, as the module of a lesson's side; it finds `given`."""
     module = ModuleType(f"{side}_{name}")
     module.__file__ = str(path)
+    module.__dict__.update(given)
     sys.modules[module.__name__] = module  # where dataclasses look for it
-    with on_the_path(path.parent.name):
+    with on_the_path(script_of(side, name).parent.name):
         exec(compile(source, str(path), "exec"), module.__dict__)
     return module
 

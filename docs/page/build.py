@@ -7,7 +7,7 @@ arrow keys are missing.
 """
 
 from common import ROOT, SIDES, figures
-from common.exercises.catalog import KINDS, of_lesson
+from common.exercises.catalog import KINDS, of_lesson, parts
 from common.exercises.catalog import exercises as every
 from common.messages import Parser, clear_messages
 from common.proof import hooks
@@ -61,9 +61,10 @@ def build(out: Path, source: str) -> dict[str, Texts]:
     shutil.rmtree(out, ignore_errors=True)
     ledger = read_ledger()
     pairs = {name: read_lesson(name, ledger) for name in lessons()}
-    catalogs = {language: Texts(language) for language in translated()}
-    for language, texts in catalogs.items():
-        _write_language(out, source.rstrip("/"), language, texts, ledger, pairs)
+    catalogs = translated()
+    names = {language: LANGUAGES[language] for language in catalogs}
+    for texts in catalogs.values():
+        _write_language(out, source.rstrip("/"), texts, names, ledger, pairs)
     for name in ("style.css", "filter.js", "slides.js", "languages.js"):
         shutil.copyfile(HERE / name, out / name)
     for picture in sorted((ROOT / "docs").rglob("*.png")):
@@ -76,12 +77,13 @@ def build(out: Path, source: str) -> dict[str, Texts]:
 def _write_language(
     out: Path,
     source: str,
-    language: str,
     texts: Texts,
+    languages: dict[str, str],
     ledger: list[Row],
     pairs: dict[str, Lesson],
 ) -> None:
     """Write the pages of one language: English at the top, others in a folder of their own."""
+    language = texts.language
     folder, md = out / ("" if language == "en" else language), markdown(texts, source)
     folder.mkdir(parents=True, exist_ok=True)
     # A comment in code is prose with names in it: `backticks` mark code, all else is text.
@@ -90,15 +92,19 @@ def _write_language(
     def note(text: str) -> Markup:
         return Markup(names_only.renderInline(texts(text)))
 
+    def render(text: str, place: str) -> Markup:
+        return Markup(md.render(text, {"folder": place}))
+
     env = Environment(loader=FileSystemLoader(HERE / "templates"), undefined=StrictUndefined,
                       autoescape=True, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     env.globals |= {
         "_": texts,
         "inline": lambda text: Markup(md.renderInline(text, {"folder": ""})),
         "note": note,
+        "render": render,
         "text": lambda text: Markup("".join(_paragraph(note, part) for part in parts(text))),
         "language": language,
-        "languages": {name: LANGUAGES[name] for name in translated()},
+        "languages": languages,
         "source": source,
         "lessons": list(pairs),
         "pages": PAGES,
@@ -110,9 +116,6 @@ def _write_language(
         "version": PROJECT["version"],
     }
 
-    def render(text: str, place: str = "docs") -> Markup:
-        return Markup(md.render(text, {"folder": place}))
-
     def write(name: str, template: str, **values: Any) -> None:
         kind, texts.page = template.removesuffix(".html"), name
         values["is_complete"] = texts.is_complete(name)
@@ -123,22 +126,18 @@ def _write_language(
         text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         title, start, does, rest = split_page(text)
         values = dict(lesson=lesson, does=does, title=title, rows=lesson.rows)
-        texts.page = name
-        write(name, "lesson.html", start=render(start), rest=render(rest),
-              exercises=of_lesson(name), **values)  # fmt: skip
+        write(name, "lesson.html", start=start, rest=rest, exercises=of_lesson(name), **values)
         write(f"{name}-slides", "slides.html", **values)
     for path in (*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"):
         if path.stem not in pairs and path.stem != "ledger":
             title, text = path.read_text(encoding="utf-8").split("\n", 1)
             place = "docs" if path.parent.name == "docs" else ""
-            texts.page = path.stem.lower()
-            write(path.stem.lower(), "prose.html", title=title.lstrip("# "),
-                  body=render(text, place))  # fmt: skip
+            write(path.stem.lower(), "prose.html", title=title.lstrip("# "), body=text,
+                  place=place)  # fmt: skip
     write("ledger", "ledger.html", ledger=ledger, title="The ledger")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     start = SWITCH.sub("", readme.split("\n## ")[0].split("\n", 1)[1])
     intro = re.sub(r"^\[!\[.*\n", "", start, flags=re.MULTILINE)
-    texts.page = "index"
     about = dict(
         re.findall(r"^\| \[(\w+)\]\(docs/\w+\.md\) \|.*\| (.+?) \|$", readme, re.MULTILINE)
     )
@@ -146,15 +145,10 @@ def _write_language(
         raise ValueError(f"README lists other lessons than there are: {list(about)}")
     proof = json.loads((ROOT / "docs" / "cifar" / "parity.json").read_text(encoding="utf-8"))
     write("index", "index.html", title="Plain and Lightning", about=about, levels=LEVELS,
-          intro=render(intro, ""), proof=proof, curves=curves(proof),
+          intro=intro, proof=proof, curves=curves(proof),
           behaviours=len(ledger), exercises=len(every()),
           moments=len(re.findall(r"^\| ", hooks.PAGE.read_text("utf-8"), re.MULTILINE)) - 2,
           pitfalls=(ROOT / "docs" / "pitfalls.md").read_text("utf-8").count("\n## "))  # fmt: skip
-
-
-def parts(text: str) -> list[str]:
-    """Return the paragraphs of an exercise's text."""
-    return text.strip("\n").split("\n\n")
 
 
 def _paragraph(note: Callable[[str], Markup], part: str) -> str:

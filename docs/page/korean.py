@@ -8,6 +8,7 @@ can tell.
 from docs.page.texts import LOCALE
 
 import csv
+import functools
 import re
 
 from markdown_it import MarkdownIt
@@ -82,6 +83,7 @@ OPEN = ("zero_grad", "backward", "loss", "test", "state_dict", "weights.pt", "ev
 AFTER_CLOSED, AFTER_OPEN = ("은", "이", "을", "과"), ("는", "가", "를", "와")
 
 
+@functools.cache
 def refused() -> dict[str, str]:
     """Return the patterns of the words that the glossary refuses, by the word."""
     with GLOSSARY.open(encoding="utf-8", newline="") as file:

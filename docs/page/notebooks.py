@@ -6,11 +6,11 @@ that the committed files are current.
 
 from common import ROOT, SIDES
 from common.environment import WITH_PROCESSES
-from common.exercises.catalog import KINDS, of_lesson
+from common.exercises.catalog import KINDS, of_lesson, parts
 from common.messages import clear_messages
 from common.proof.lessons import lessons
 from common.proof.sidebyside import cells
-from docs.page.build import PROJECT, REPOSITORY, parts
+from docs.page.build import PROJECT, REPOSITORY
 from docs.page.prose import split_page
 from docs.page.rewrite import comments, markdown
 from docs.page.texts import COMPLETE, LANGUAGES, Texts

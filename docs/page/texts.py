@@ -72,9 +72,10 @@ class Texts:
         return [key for key, ours, theirs in parts if ours != theirs]
 
 
-def translated() -> list[str]:
+def translated() -> dict[str, Texts]:
     """Return the languages of the site: English, and each one that has translations."""
-    return [name for name in LANGUAGES if name == "en" or Texts(name).known]
+    found = {name: Texts(name) for name in LANGUAGES}
+    return {name: texts for name, texts in found.items() if name == "en" or texts.known}
 
 
 def update(language: str, pages: dict[str, dict[str, None]]) -> list[Path]:
