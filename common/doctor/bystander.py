@@ -34,22 +34,33 @@ def bystander(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 class Hooks:
-    """The hooks of one trace, from `with Hooks(trace)` to the block's end."""
+    """The hooks of one trace, until they are removed.
+
+    Before a step that is not recorded, only the hook on the step is there: the others cost time.
+    """
 
     def __init__(self, trace: Any) -> None:
         self.trace = trace
-        self.handles = [
-            register_module_forward_pre_hook(trace.before),
-            register_module_forward_hook(trace.after, with_kwargs=True, always_call=True),
-            register_optimizer_step_post_hook(trace.stepped),
-        ]
-        _listen(trace)
+        self.step = register_optimizer_step_post_hook(trace.stepped)
+        self.passes: list[Any] = []
+
+    def watch(self, is_wanted: bool) -> None:
+        """Hook the forward and backward passes, or leave them alone."""
+        if is_wanted and not self.passes:
+            self.passes = [
+                register_module_forward_pre_hook(self.trace.before),
+                register_module_forward_hook(self.trace.after, with_kwargs=True, always_call=True),
+            ]
+            _listen(self.trace)
+        elif not is_wanted and self.passes:
+            for handle in self.passes:
+                handle.remove()
+            self.passes = []
+            _leave(self.trace)
 
     def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-        _leave(self.trace)
+        self.watch(False)
+        self.step.remove()
 
 
 # PyTorch has no hook for `loss.backward()`. So its one entrance is replaced while a trace is open.

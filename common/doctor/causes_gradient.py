@@ -1,5 +1,7 @@
 """The causes of a difference in the gradients: of the backward pass, and before the step."""
 
+import math
+
 import numpy as np
 
 from .causes_network import FROZEN, recomputed_otherwise, rounding_causes
@@ -8,6 +10,10 @@ from .files import Line
 from .run import Run, training
 
 PENALTY = "A term of the loss that does not come from the output, as a penalty on weights"
+WAY = (
+    "Another way of the gradients through the network: detach, create_graph, a backward pass "
+    "of one's own, a hook"
+)
 
 
 def gradient_causes(a: Run, b: Run, index: int, x: Line, y: Line, rounding: bool) -> list[Cause]:
@@ -32,6 +38,12 @@ def gradient_causes(a: Run, b: Run, index: int, x: Line, y: Line, rounding: bool
         said = f"{layer} gave something else in {who}'s backward pass than in its forward pass."
         return [Cause("Other random numbers in the recomputation of a checkpoint", said)]
     names = differing(ours, theirs)
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        described = [run.settings().get(module) for run in (a, b)]
+        if described[0] != described[1] and None not in described:
+            said = f"{module} is {described[0]} in A, {described[1]} in B; what it gives is equal, "
+            said += "the gradients of its weights are not."
+            return [Cause("A layer with another setting", said, "layer")]
     full = [side.get("full", {}) for side in stages]
     if all(n in full[0] and n in full[1] for n in names):
         factors = [common_factor(full[0][n], full[1][n]) for n in names]
@@ -50,9 +62,11 @@ def gradient_causes(a: Run, b: Run, index: int, x: Line, y: Line, rounding: bool
     said = f"output and its gradient are equal; {len(names)} of {len(ours)} gradients differ, "
     equal = [n for n in ours if n not in names]
     said += f"but not that of {equal[-1]}." if equal else "all that there are."
-    way = Cause("Another way of the gradients through the network (detach, a hook, a truncated "
-                "backward pass)", said, "frozen")  # fmt: skip
-    return [Cause(PENALTY, said, "weight-decay"), way]
+    values = [[v for backward in step["backwards"] for v in backward["loss"]] for step in (x, y)]
+    is_same = bool(values[0]) and None not in values[0] and values[0] == values[1]
+    way = Cause(WAY, said + " The loss itself is equal, too." * is_same, "frozen")
+    penalty = Cause(PENALTY, said, "weight-decay")
+    return [way, penalty] if is_same else [penalty, way]
 
 
 def _penalty(a: Run, index: int, names: list[str], ours: Line, theirs: Line) -> float | None:
@@ -117,7 +131,23 @@ def clipping_causes(a: Run, b: Run, index: int, x: Line, y: Line) -> list[Cause]
                 f"{name} changes its gradients before the step, such as their average over devices"
             )
             causes.append(Cause(what, turned, "batch-size-and-devices"))
+    if unscaled := _clipped_while_scaled(x, y, said):
+        causes.insert(0, unscaled)
     return causes or [Cause("Other gradients at the step", said + ".")]
+
+
+def _clipped_while_scaled(x: Line, y: Line, said: str) -> Cause | None:
+    """Look whether both clip to one length, and one divides by a scale only after that."""
+    norms = [step["used"]["norm"] for step in (x, y)]
+    is_turned = any(step["between"].get("cosine", 0) < 0.999999 for step in (x, y))
+    if is_turned or not all(norms):
+        return None
+    scale = max(norms) / min(norms)
+    if scale < 256 or not near(math.log2(scale), round(math.log2(scale)), 1e-6):
+        return None
+    who = "A" if norms[0] < norms[1] else "B"
+    said += f", which is {round(scale)} times less or more: a scale of float16."
+    return Cause(f"The gradients are clipped before they are unscaled in {who}", said, "precision")
 
 
 def _shortened(run: Run, step: Line, name: str, said: str, both: bool) -> Cause:

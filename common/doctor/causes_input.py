@@ -25,6 +25,10 @@ def other_network(a: Run, b: Run) -> Found | None:
     said = f"{unlike[0]}: {ours.get(unlike[0], 'none')} in A, {theirs.get(unlike[0], 'none')} in B."
     if len(ours) != len(theirs):
         said += f" A has {len(ours)} tensors, B {len(theirs)}; is the same part watched?"
+    for who, own, other in (("A", ours, theirs), ("B", theirs, ours)):
+        if own.keys() < other.keys():
+            said += f" A part that {who} holds in a plain list or dict is not registered; use "
+            said += "nn.ModuleList or nn.ModuleDict."
     cause = Cause("Another network", said, "layer")
     if sorted(map(str, ours.values())) == sorted(map(str, theirs.values())):
         cause = Cause("Layers in another order", f"all shapes are in both, elsewhere; {said}",

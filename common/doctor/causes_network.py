@@ -121,6 +121,9 @@ def output_causes(
         causes.append(Cause("A layer with another setting", said, "layer"))
     drawn = [n for n in p["random"] if p["random"][n] != q["random"].get(n)]
     draws = p.get("draws") or q.get("draws")
+    noise = _noise(p, q)
+    if noise and not rounding and not causes:
+        return "output", [noise]
     if drawn and draws and not rounding and not causes:
         said = f"before the forward pass the state of {drawn[0]}'s generator differs; the first "
         said += f"output that differs is that of {what}."
@@ -131,14 +134,34 @@ def output_causes(
         return "random", [Cause(name, said, "validation-and-order")]
     if rounding:
         causes += rounding_causes(a, b, p, q)
-    if bool(p.get("draws")) != bool(q.get("draws")):
-        who = "A" if p.get("draws") else "B"
-        said = f"only {who}'s forward pass draws random numbers."
-        causes.append(Cause("Dropout, or other noise, on one side", said, "layer"))
+    if noise:
+        causes.append(noise)
     said = f"batch and weights are equal; {what} is the first whose output differs."
+    name = "Another computation in the network"
+    given = p.get("given", {}).get(what), q.get("given", {}).get(what)
+    if None not in given and given[0] != given[1]:
+        name += f", before {what}"
+        said += f" What {what} gets differs already: the difference is in the code that calls it."
+    elif None not in given:
+        name += f", in {what}"
+        said += f" What {what} gets is equal."
     if drawn and not draws:
         said += f" The state of {drawn[0]}'s generator differs, too."
-    return "output", [*causes, Cause("Another computation in the network", said, "layer")]
+    return "output", [*causes, Cause(name, said, "layer")]
+
+
+def _noise(p: Line, q: Line) -> Cause | None:
+    """Look for random numbers that are drawn on one side alone, or in another module."""
+    name = "Dropout, or other noise, on one side"
+    if "drew" in p and "drew" in q:
+        for who, own, other in (("A", p["drew"], q["drew"]), ("B", q["drew"], p["drew"])):
+            if only := [module for module in own if module not in other]:
+                said = f"{only[0] or 'the network itself'} draws random numbers in {who} alone."
+                return Cause(name, said, "layer")
+    if bool(p.get("draws")) != bool(q.get("draws")):
+        who = "A" if p.get("draws") else "B"
+        return Cause(name, f"only {who}'s forward pass draws random numbers.", "layer")
+    return None
 
 
 def _words(types: set) -> str:

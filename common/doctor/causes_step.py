@@ -156,6 +156,26 @@ def update_causes(
     return [Cause("Another formula of the step, or weights changed within it", said, "optimizer")]
 
 
+def within(a: Run, x: Line, y: Line, p: Line, q: Line) -> Found | None:
+    """Compare the weights that a later pass of a step found: its optimizer has a closure."""
+    moved = [{n: t for n, t in record["changed"].items() if n not in a.head["buffers"]}
+             for record in (p, q)]  # fmt: skip
+    names = differing(*moved) or sorted(moved[0].keys() ^ moved[1].keys())
+    if not names:
+        return None
+    said = f"in step {x['step']:,} a forward pass found other weights than that of the other run: "
+    said += "the optimizer's closure is called more than once, and the passes before were equal."
+    cleared = [bool(step["between"].get("cleared")) for step in (x, y)]
+    if cleared[0] != cleared[1]:
+        who, other = ("B", "A") if cleared[0] else ("A", "B")
+        said += f" {other} clears the gradients before each backward pass, {who} does not."
+        cause = Cause(f"Left-over gradients: zero_grad is missing in {who}, in the closure", said,
+                      "zero-grad")  # fmt: skip
+        return Found("clipping", names[0], [cause], len(names) - 1)
+    return Found("update", names[0], [Cause("Another step within the closure", said, "optimizer")],
+                 len(names) - 1)  # fmt: skip
+
+
 def _made_anew(run: Run, index: int) -> str:
     """Say by what an optimizer is a new one in a step, after another one held its parameters."""
     if not index:

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -64,27 +63,37 @@ def not_seen(error: Exception) -> str:
     return f"?{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:80]}"
 
 
-def totals(tensors: Iterable[Tensor]) -> Line:
-    """Return norm and sketch of several tensors together, and the norm of each, in one go.
+def together(tensors: dict[str, Tensor]) -> Line:
+    """Return the digest and the norm of each of several tensors, and norm and sketch of all.
 
     The sketch is the sum of theirs, so that the order of the tensors does not matter.
     """
+    digests: dict[str, str] = {}
     values = []
-    for tensor in tensors:
+    for name, tensor in tensors.items():
         try:
-            values.append(_values(dense(tensor)))
-        except Exception:
+            plain = dense(tensor)
+            digests[name] = _digest(tensor, plain)
+            values.append(_values(plain))
+        except Exception as error:
+            digests[name] = not_seen(error)
             values.append(np.zeros(0))
     with np.errstate(all="ignore"):
         sketch, norms = _sketch(values)
         norm = short(math.sqrt(sum(n * n for n in norms)))
-    return {"norm": norm, "sketch": sketch, "norms": [float(f"{n:.4g}") for n in norms]}
+    norms = [float(f"{n:.4g}") for n in norms]
+    return {"bits": digests, "norm": norm, "sketch": sketch, "norms": norms}
 
 
 def dense(tensor: Tensor) -> Tensor:
     """Return a tensor on the CPU with all values in a row, as numbers that NumPy can read."""
-    if type(tensor) in PLAIN and tensor.device.type == "cpu" and tensor.layout is torch.strided \
-            and not tensor.is_complex() and not tensor.is_nested:  # fmt: skip
+    if (
+        type(tensor) in PLAIN
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_complex()
+        and not tensor.is_nested
+    ):
         return tensor.detach().reshape(-1)  # as nearly all are
     tensor = tensor.detach()
     if tensor.is_meta:
@@ -113,8 +122,16 @@ def _values(plain: Tensor) -> np.ndarray:
     return plain.to(torch.float64).numpy()
 
 
+@functools.lru_cache(1024)
+def _kind(shape: tuple, dtype: torch.dtype) -> bytes:
+    return f"{list(shape)} {dtype}".encode()
+
+
 def _digest(tensor: Tensor, plain: Tensor) -> str:
-    digest = hashlib.sha256(f"{shape(tensor)} {tensor.dtype}".encode())
+    if tensor.is_nested:
+        digest = hashlib.sha256(f"{shape(tensor)} {tensor.dtype}".encode())
+    else:
+        digest = hashlib.sha256(_kind(tuple(tensor.shape), tensor.dtype))
     if tensor.is_meta:  # it has no values, so all that it is says its shape
         return digest.hexdigest()[:16]
     content: Any = plain.view(torch.uint8).numpy()

@@ -11,12 +11,16 @@ from .files import Line
 from .losses import (
     Loss,
     Rows,
+    clamped,
+    focal,
     is_broadcast,
     is_likelihood_of_probabilities,
     is_sigmoid_twice,
+    is_sign,
     is_softmax_twice,
     recognize,
     row_factors,
+    temperature,
 )
 from .run import Run
 
@@ -110,7 +114,8 @@ def _causes(
     if causes and causes[0].name not in (UNKNOWN, TERM):
         where = f"{causes[0].evidence} That is at {_list(unlike)}."
         return [Cause(causes[0].name, where, causes[0].page), term]
-    return [term, Cause(UNKNOWN, "nothing tells these two apart.", "loss")]
+    other = Cause(UNKNOWN, "nothing tells these two apart.", "loss")
+    return [term, other] if equal or any(factors) else [other, term]
 
 
 def _list(paths: list[str]) -> str:
@@ -226,7 +231,11 @@ def _recognized(p: Line, q: Line, path: str) -> list[Cause]:
         if this and (cause := _twice(z, gradient, this, who)):
             return [cause]
     factors = row_factors(g, h)
-    if cause := _rows_that_count(g, h, factors):
+    if cause := _other_formula(z, g, h, ours, theirs):
+        return [cause]
+    is_class = any(known and "cross" in known.name for known in (ours, theirs))
+    is_token = is_class or len(p["outputs"][path]["shape"]) > 2
+    if cause := _rows_that_count(g, h, factors, is_token):
         return [cause]
     if ours and theirs and ours.name == theirs.name:
         if cause := _same_function(ours, theirs, len(z)):
@@ -264,7 +273,34 @@ def _twice(z: Rows, gradient: Rows, known: Loss, who: str) -> Cause | None:
     return None
 
 
-def _rows_that_count(g: Rows, h: Rows, factors: Rows | None) -> Cause | None:
+def _other_formula(
+    z: Rows, g: Rows, h: Rows, ours: Loss | None, theirs: Loss | None
+) -> Cause | None:
+    """Hold both gradients against usual formulas of the same errors, or of the same labels."""
+    for one, other, who, its in ((g, h, "A", "B"), (h, g, "B", "A")):
+        if limit := clamped(one, other):
+            said = f"{who}'s gradient is {its}'s times a factor, but no larger than {limit:.4g}."
+            return Cause(f"Another loss: Huber or smooth L1 in {who}, squared error in {its}", said,
+                         "loss")  # fmt: skip
+        if is_sign(one, other):
+            said = f"{who}'s gradients have one magnitude, and the signs of {its}'s."
+            return Cause(f"Another loss: absolute error in {who}, squared error in {its}", said,
+                         "loss")  # fmt: skip
+    gammas = [focal(z, known) if known else 0.0 for known in (ours, theirs)]
+    if gammas[0] != gammas[1]:
+        said = "by how the gradient of a sample falls with the probability of its label, gamma is "
+        said += f"{gammas[0]:g} in A, {gammas[1]:g} in B; 0 is plain cross entropy."
+        return Cause("Another loss: a focal loss, or another gamma", said, "loss")
+    for known, gradient, who in ((ours, h, "B"), (theirs, g, "A")):
+        divisor = temperature(z, gradient, known.labels) if known else None
+        if divisor:
+            said = f"{who}'s gradient is that of a cross entropy of output / {divisor:.4g}."
+            return Cause(f"Another loss: a temperature, or a scale, of the logits in {who}", said,
+                         "loss")  # fmt: skip
+    return None
+
+
+def _rows_that_count(g: Rows, h: Rows, factors: Rows | None, is_token: bool) -> Cause | None:
     """Look for rows that have a gradient on one side alone, as padding does without a mask."""
     counts = g.any(1), h.any(1)
     only = [int((counts[0] & ~counts[1]).sum()), int((counts[1] & ~counts[0]).sum())]
@@ -275,6 +311,9 @@ def _rows_that_count(g: Rows, h: Rows, factors: Rows | None) -> Cause | None:
         return None
     said = f"{sum(only)} of {len(g)} rows (samples or tokens) have a gradient in {who}, and none "
     said += f"in {other}; the others have the same, or the same times a factor."
+    if not is_token:
+        return Cause(f"Some samples do not count in {other}'s loss: other targets, a margin, or "
+                     "a mask", said, "targets")  # fmt: skip
     return Cause(f"Padding, or a mask, does not count in {other}'s loss (ignore_index)", said,
                  "loss")  # fmt: skip
 

@@ -175,6 +175,72 @@ def is_broadcast(z: Rows, g: Rows, other: Rows) -> bool:
     return bool((np.diff(g[order]) >= -slack).all() and (np.diff(other[order]) < -slack).any())
 
 
+def clamped(g: Rows, h: Rows) -> float | None:
+    """Return the largest |g| where g is a factor times h, cut off there; None where it is not.
+
+    The Huber loss and smooth L1 have such a gradient where the squared error has h.
+    """
+    size, other = np.abs(g).ravel(), np.abs(h).ravel()
+    limit = size.max()
+    cut = size > limit * (1 - 1e-5)
+    inside = ~cut & (other > 0)
+    if cut.sum() < 2 or inside.sum() < 2 or not np.array_equal(np.sign(g), np.sign(h)):
+        return None
+    factors = size[inside] / other[inside]
+    if np.ptp(factors) > WITHIN * factors.max():
+        return None
+    is_beyond = (factors.mean() * other[cut] > limit * (1 - WITHIN)).all()
+    return float(limit) if is_beyond and np.ptp(other[cut]) > WITHIN * other.max() else None
+
+
+def is_sign(g: Rows, h: Rows) -> bool:
+    """Tell whether g has one magnitude and the signs of h, whose magnitudes differ."""
+    size = np.abs(g[g != 0])
+    is_one = len(size) > 3 and np.ptp(size) <= 1e-5 * size.max()
+    is_other = np.ptp(np.abs(h)) > WITHIN * np.abs(h).max()
+    return bool(is_one and is_other and np.array_equal(np.sign(g), np.sign(h)))
+
+
+def focal(z: Rows, loss: Loss) -> float:
+    """Return the gamma of a focal loss; 0 where it is none (Lin et al., arXiv 1708.02002).
+
+    Its gradient is that of the cross entropy, times (1 - p) ** gamma - gamma * (1 - p) ** (gamma -
+    1) * p * log(p) for each row, where p is the probability of the label.
+    """
+    counts = loss.labels >= 0
+    if loss.name != "cross entropy" or counts.sum() < 4:
+        return 0.0
+    p = softmax(z)[counts, loss.labels[counts].astype(int)]
+    scales = loss.scales[counts]
+    for gamma in (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0):
+        wanted = (1 - p) ** gamma - gamma * (1 - p) ** (gamma - 1) * p * np.log(p)
+        ratio = scales / wanted
+        if np.ptp(wanted) > 0.05 * wanted.max() and np.ptp(ratio) <= 1e-2 * ratio.max():
+            return gamma
+    return 0.0
+
+
+def temperature(z: Rows, g: Rows, labels: np.ndarray) -> float | None:
+    """Return T where g is the gradient of a cross entropy of z / T, with T other than 1.
+
+    Of the classes that are not the label, the logarithms of g differ as z / T does.
+    """
+    if labels.shape != (len(z),) or (labels < 0).any() or z.shape[1] < 3:
+        return None
+    others = np.ones(z.shape, bool)
+    others[np.arange(len(z)), labels.astype(int)] = False
+    x = z[others].reshape(len(z), -1)
+    y = g[others].reshape(len(z), -1)
+    if (y <= 0).any():
+        return None
+    x, y = x - x.mean(1, keepdims=True), np.log(y)
+    y -= y.mean(1, keepdims=True)
+    slope = float((x * y).sum() / max((x * x).sum(), 1e-300))
+    if slope <= 0 or abs(slope - 1) < 1e-2 or np.abs(y - slope * x).max() > 1e-2 * np.abs(y).max():
+        return None
+    return 1 / slope
+
+
 def row_factors(ours: Rows, theirs: Rows) -> np.ndarray | None:
     """Return f [rows] where each row of the second is f times that of the first; None if not.
 

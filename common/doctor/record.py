@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .fingerprints import Line, bits, dense, excerpt, seen, short, totals
+from .fingerprints import Line, bits, dense, excerpt, seen, short, together
 from .layout import Layout, plain_value
 
 
@@ -34,8 +34,8 @@ class Weights:
         for name, value in layout.tensors.items():
             self._keep(name, value)
 
-    def _keep(self, name: str, value: Tensor) -> str:
-        self.bits[name] = bits(value)
+    def _keep(self, name: str, value: Tensor, known: str = "") -> str:
+        self.bits[name] = known or bits(value)
         copy = self.copies.get(name)
         try:
             if copy is not None and copy.shape == value.shape and not copy.is_inference():
@@ -51,13 +51,16 @@ class Weights:
             return bits(value) == self.bits.get(name)
         return same(value, self.copies[name])
 
-    def changed(self, tensors: dict[str, Tensor]) -> Line:
-        """Return the fingerprints of those that somebody changed since, and keep them."""
+    def changed(self, tensors: dict[str, Tensor], is_brief: bool = False) -> Line:
+        """Return the fingerprints of those that somebody changed since, and keep them.
+
+        After steps that were not recorded all have changed: their digests are enough.
+        """
         found = {}
         for name, value in tensors.items():
             if not self._is_kept(name, value):
-                self._keep(name, value)
-                found[name] = seen(value)
+                kept = self._keep(name, value)
+                found[name] = {"bits": kept} if is_brief else seen(value)
         return found
 
     def moved(self, layout: Layout) -> dict[str, str]:
@@ -70,11 +73,13 @@ class Weights:
 
     def after(self, layout: Layout, names: list[str]) -> Line:
         """Return digests of all weights after a step of the parameters `names`, and their norms."""
-        tensors, stepped = layout.tensors, set(names)
+        tensors = layout.tensors
+        line = together({name: tensors[name] for name in names})
         for name, value in tensors.items():
-            if name in stepped or not self._is_kept(name, value):
+            if name in line["bits"]:
+                self._keep(name, value, line["bits"][name])
+            elif not self._is_kept(name, value):
                 self._keep(name, value)
-        line = totals(tensors[name] for name in names)
         return {
             "bits": {name: self.bits[name] for name in tensors},
             "norm": line["norm"],
@@ -106,10 +111,13 @@ class Gradients:
                 hook = functools.partial(trace.gradient, name, id(parameter))
                 self.hooked[id(parameter)] = (parameter.register_hook(hook), parameter)
 
-    def forget(self) -> None:
+    def unhook(self) -> None:
         for handle, _ in self.hooked.values():
             handle.remove()
         self.hooked = {}
+
+    def forget(self) -> None:
+        self.unhook()
         self.begin(())
         self.waiting = {}
 
@@ -183,7 +191,7 @@ def step_line(trace: Any, optimizer: Optimizer, is_full: bool) -> Line:
 
 
 def _stage(tensors: dict[str, Tensor], is_full: bool) -> Line:
-    stage: Line = {"bits": {n: bits(t) for n, t in tensors.items()}} | totals(tensors.values())
+    stage = together(tensors)
     if is_full:
         stage["full"] = {name: seen(tensor) for name, tensor in tensors.items()}
     return stage

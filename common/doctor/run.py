@@ -114,8 +114,11 @@ class Run:
                 continue
             for part in ("changed", "moved"):
                 record[part] = self._keys(record[part])
-            for part in ("layers", "modes"):
-                record[part] = self._named_layers(record[part])
+            for part in ("layers", "modes", "given"):
+                if part in record:
+                    record[part] = self._named_layers(record[part])
+            if "drew" in record:
+                record["drew"] = list(self._named_layers(dict.fromkeys(record["drew"])))
             passes.append(record)
         step["passes"] = passes
         step["evaluation"]["moved"] = self._keys(step["evaluation"]["moved"])

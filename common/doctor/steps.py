@@ -182,6 +182,8 @@ def _forward(a: Run, b: Run, index: int, x: Line, y: Line, p: Line, q: Line) -> 
         return found
     if any(p["modes"][n] != q["modes"].get(n, p["modes"][n]) for n in p["modes"]):
         return causes_network.other_mode(p, q)
+    if p is not x["passes"][0] and (found := causes_step.within(a, x, y, p, q)):
+        return found
     if not gave and not layers:
         return None  # averages that had other ones before them: that is found elsewhere
     name = layers[0] if layers else gave[0]

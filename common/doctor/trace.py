@@ -76,7 +76,7 @@ class Trace:
         self.nudge = nudge
         self.full = frozenset(full) | ({zoom} - {0})
         self.path = path_of_rank(Path(path), *process())
-        self.steps = self.clock = 0
+        self.steps = self.clock = self.recorded = 0
         self.operators = Operators(lambda: self.steps + 1 == zoom) if zoom else None
         self.unseen: dict[str, str] = {}  # what could not be read, and why
         self.failure = ""  # why the trace gave up
@@ -105,6 +105,7 @@ class Trace:
         else:
             self._write(self._head())
         self.hooks = Hooks(self)
+        self.hooks.watch(not self.idle)
         if self.operators is not None:
             self.operators.__enter__()
         return self
@@ -152,8 +153,6 @@ class Trace:
         if self.failure:
             self.writer.give_up(f"{self.failure}; the training itself went on")
 
-    # A network that is copied or saved within the block takes nothing of the trace with it.
-
     def note(self, where: str, error: Exception) -> None:
         """Keep what could not be seen; a few of them say it all."""
         if len(self.unseen) < 20:
@@ -169,7 +168,9 @@ class Trace:
         module = self.layout.original(module)
         if self.stack:
             if self.layout.inner(module) is not None:
+                self._drew(self.stack[-1])
                 self.stack.append(id(module))
+                self._given(module, args)
             return
         if not self.layout.carries(module):
             return
@@ -196,9 +197,13 @@ class Trace:
         if kind == "train":
             self.layout.look()
             self.gradients.watch(self, self.layout.parameters)
-            record["changed"] = self.weights.changed(self.layout.tensors)
+            is_brief = self.steps > self.recorded
+            record["changed"] = self.weights.changed(self.layout.tensors, is_brief)
             record["random"] = random_states()
             record["threads"] = torch.get_num_threads()
+            if self.is_full(self.steps + 1):
+                record["drew"], record["given"] = [], {}
+                self.state = record["random"]["torch"]
             record["evaluation"], self.evaluation = self.evaluation, _no_evaluation()
         else:
             record["random"] = {"torch": torch_state()}
@@ -236,10 +241,12 @@ class Trace:
         if record is None:
             return
         if self.stack:
+            self._drew(id(module))
             is_read = self.is_full(self.steps + 1) or id(module) not in self.layout.plain
             if record["kind"] in ("train", "recompute") and is_read:
                 self._layer(record, module, output)
             return
+        self._drew(id(module))
         self.current = None
         record["moved"] = self.weights.moved(self.layout)
         if record["kind"] == "counted":
@@ -248,6 +255,28 @@ class Trace:
         self._inputs(record, kwargs if isinstance(kwargs, dict) else {})  # none where it failed
         record["draws"] = record["random"]["torch"] != torch_state()
         self._outputs(record, output)
+
+    def _drew(self, module: int) -> None:
+        """In a step in full, note which module drew random numbers since this was last asked."""
+        if self.current is None or "drew" not in self.current:
+            return
+        state = torch_state()
+        if state != self.state:
+            self.state = state
+            name = self.layout.names.get(module) or ""
+            if name not in self.current["drew"]:
+                self.current["drew"].append(name)
+
+    def _given(self, module: nn.Module, args: tuple) -> None:
+        """In a step in full, note what a module gets: a digest of its positional arguments."""
+        name = self.layout.name(module)
+        if self.current is None or "given" not in self.current or name is None:
+            return
+        calls = self.current.get("calls", {}).get(name, 0)
+        parts = [bits(leaf) for leaf in leaves(args).values() if isinstance(leaf, Tensor)]
+        if parts and not any(part[0] == "?" for part in parts):
+            key = f"{name} (call {calls + 1})" if calls else name
+            self.current["given"][key] = digest("".join(parts).encode())
 
     def _layer(self, record: dict, module: nn.Module, output: Any) -> None:
         found = leaves(output)
@@ -329,10 +358,15 @@ class Trace:
         self.stack, self.current = [], None
         try:
             if is_due:
+                self.recorded = self.steps
                 self._write(step_line(self, optimizer, self.is_full(self.steps)))
         finally:
             self._begin_step()
             self.gradients.begin(held)
+            if self.idle:
+                self.gradients.unhook()
+            if self.hooks is not None:
+                self.hooks.watch(not self.idle)
 
     def _begin_step(self) -> None:
         self.idle = not self._is_due()  # the step that comes is not recorded
