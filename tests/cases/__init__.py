@@ -112,6 +112,7 @@ def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 __all__ = ["CASES", "Batches", "Case", "F", "Lit", "choices", "copy", "descend", "fit", "numbers"]
 
 # Each of them adds its cases to CASES.
-from . import adversaries, classifiers, encoders, sequences  # noqa: E402, F401
+from . import adversaries, classifiers, encoders, formulas, sequences  # noqa: E402, F401
 
-CASES.pop("Simple")
+for name in ("Simple", "Switched"):  # what others are made of
+    CASES.pop(name)
