@@ -12,6 +12,7 @@ import re
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -162,16 +163,20 @@ def _end(error: BaseException, failed: int) -> NoReturn:
     raise error
 
 
+def _is_broken_pipe(error: BaseException) -> bool:
+    """Tell whether the other end of a pipe between two processes is gone."""
+    return isinstance(error, ConnectionError | EOFError) and any(
+        "multiprocessing" in frame.f_code.co_filename
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
 def _of_the_machine(error: BaseException) -> str | None:
     """Say which of the machine's limits an error stands for, None if for none."""
     text = str(error)
     worker = isinstance(error, RuntimeError) and "DataLoader worker" in text
     # Its end of a pipe may be gone before the system tells of its end.
-    broken = isinstance(error, ConnectionError | EOFError) and any(
-        "multiprocessing" in frame.f_code.co_filename
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-    )
-    if (worker and "Caught" not in text) or broken:
+    if (worker and "Caught" not in text) or _is_broken_pipe(error):
         how = re.search(r"killed by signal: ([\w ]+)", text)
         return (
             f"A process that loads images was ended by the system ({how[1] if how else 'unheard'}),"
@@ -236,7 +241,9 @@ def one_sentence_during_imports() -> None:
         # Some imports swallow Ctrl-C, and then fail in another way.
         if _after(error, KeyboardInterrupt) or signals.is_ending():
             signals.leave(signal.SIGINT)
-        usual(kind, error, traceback)
+        # A thread of Python's own hands images on; the main thread says what has happened.
+        if threading.current_thread() is threading.main_thread() or not _is_broken_pipe(error):
+            usual(kind, error, traceback)
 
     sys.excepthook = hook
     signals.listen_during_imports()

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -158,6 +159,29 @@ def test_a_process_that_loads_images_is_killed(number, side, server, tmp_path):
     assert "use fewer --num-workers" in lines[0] and "Traceback" not in command.said()
     assert_all_gone(command.pid)
     count("processes killed by the system")
+
+
+def test_the_thread_that_hands_images_on_says_nothing(capsys, monkeypatch):
+    """Python's own thread tells sys.excepthook when a worker is killed while it connects."""
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(signals, "listen_during_imports", lambda: None)
+    messages.one_sentence_during_imports()
+    code = compile("raise ConnectionResetError('reset')", "multiprocessing/connection.py", "exec")
+
+    def tell():
+        try:
+            exec(code)
+        except ConnectionResetError as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    thread.join()
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ConnectionResetError):
+        exec(code)
+    tell()
+    assert "ConnectionResetError: reset" in capsys.readouterr().err
 
 
 NO_MEMORY = [
