@@ -1,13 +1,11 @@
 """The causes of a difference in the gradients: of the backward pass, and before the step."""
 
-import math
-
 import numpy as np
 
-from .causes_network import FROZEN, recomputed_otherwise, rounding_causes
-from .evidence import Cause, common_factor, differing, near
+from .causes_network import FROZEN, other_setting, recomputed_otherwise, rounding_causes
+from .evidence import Cause, common_factor, differing, is_power_of_two, near
 from .files import Line
-from .run import Run, training
+from .run import Run, same_losses, training
 
 PENALTY = "A term of the loss that does not come from the output, as a penalty on weights"
 WAY = (
@@ -39,11 +37,8 @@ def gradient_causes(a: Run, b: Run, index: int, x: Line, y: Line, rounding: bool
         return [Cause("Other random numbers in the recomputation of a checkpoint", said)]
     names = differing(ours, theirs)
     for module in dict.fromkeys(name.rpartition(".")[0] for name in names):
-        described = [run.settings().get(module) for run in (a, b)]
-        if described[0] != described[1] and None not in described:
-            said = f"{module} is {described[0]} in A, {described[1]} in B; what it gives is equal, "
-            said += "the gradients of its weights are not."
-            return [Cause("A layer with another setting", said, "layer")]
+        if cause := other_setting(a, b, module):
+            return [cause]
     full = [side.get("full", {}) for side in stages]
     if all(n in full[0] and n in full[1] for n in names):
         factors = [common_factor(full[0][n], full[1][n]) for n in names]
@@ -62,8 +57,7 @@ def gradient_causes(a: Run, b: Run, index: int, x: Line, y: Line, rounding: bool
     said = f"output and its gradient are equal; {len(names)} of {len(ours)} gradients differ, "
     equal = [n for n in ours if n not in names]
     said += f"but not that of {equal[-1]}." if equal else "all that there are."
-    values = [[v for backward in step["backwards"] for v in backward["loss"]] for step in (x, y)]
-    is_same = bool(values[0]) and None not in values[0] and values[0] == values[1]
+    is_same = same_losses(x, y)
     way = Cause(WAY, said + " The loss itself is equal, too." * is_same, "frozen")
     penalty = Cause(PENALTY, said, "weight-decay")
     return [way, penalty] if is_same else [penalty, way]
@@ -143,10 +137,10 @@ def _clipped_while_scaled(x: Line, y: Line, said: str) -> Cause | None:
     if is_turned or not all(norms):
         return None
     scale = max(norms) / min(norms)
-    if scale < 256 or not near(math.log2(scale), round(math.log2(scale)), 1e-6):
+    if scale < 256 or not is_power_of_two(scale):
         return None
     who = "A" if norms[0] < norms[1] else "B"
-    said += f", which is {round(scale)} times less or more: a scale of float16."
+    said += f". One is {round(scale)} times the other: a scale of float16."
     return Cause(f"The gradients are clipped before they are unscaled in {who}", said, "precision")
 
 

@@ -75,18 +75,15 @@ def other_buffers(a: Run, b: Run, index: int, x: Line, y: Line, names: list[str]
     """Say by which forward passes a buffer moved: the parameters are equal after the step."""
     name = names[0]
     module = name.rpartition(".")[0]
-    settings = a.settings().get(module), b.settings().get(module)
     moves = [[p for p in step["passes"] if name in p["moved"]] for step in (x, y)]
     counts = [len(side) for side in moves]
     said = f"{name} was moved by {counts[0]} forward passes in A, by {counts[1]} in B"
-    causes = []
+    setting = other_setting(a, b, module)
+    causes = [setting] if setting else []
     more = [p for side in moves for p in side]
     kinds = [[sum(p["kind"] == kind for p in side) for side in moves]
              for kind in ("recompute", "no_grad")]  # fmt: skip
     without = [sum(p["kind"] == "train" and not p["loss"] for p in side) for side in moves]
-    if settings[0] != settings[1]:
-        unlike = f"{module} is {settings[0]} in A, {settings[1]} in B."
-        causes.append(Cause("A layer with another setting", unlike, "layer"))
     if kinds[0][0] != kinds[0][1]:
         who = "A" if kinds[0][0] > kinds[0][1] else "B"
         causes.append(Cause(RECOMPUTED, f"{said}; in {who} also within the backward pass."))
@@ -103,28 +100,32 @@ def other_buffers(a: Run, b: Run, index: int, x: Line, y: Line, names: list[str]
     return Found("buffers", name, causes, len(names) - 1)
 
 
+def other_setting(a: Run, b: Run, module: str | None) -> Cause | None:
+    """Hold a module's settings against those that it has in the other run, if it is there."""
+    ours, theirs = (run.settings().get(module) for run in (a, b))
+    if ours == theirs or ours is None or theirs is None:
+        return None
+    said = f"{module} is {ours} in A, {theirs} in B."
+    return Cause("A layer with another setting", said, "layer")
+
+
 def output_causes(
     a: Run, b: Run, what: str, p: Line, q: Line, rounding: bool
 ) -> tuple[str, list[Cause]]:
     """Return the stage, output or random, and the causes; `what` is the first that differs."""
-    ours, theirs = a.settings(), b.settings()
     causes: list[Cause] = []
     types = [{t.get("dtype") for t in record["outputs"].values()} for record in (p, q)]
     if types[0] != types[1]:
         said = f"the output is {_words(types[0])} in A, {_words(types[1])} in B."
         causes.append(Cause("Another precision (autocast on one side)", said, "precision"))
     # Only layers without parts: the class that holds them may have another name.
-    leaves = [n for n in ours if n and not any(m.startswith(f"{n}.") for m in ours)]
-    others = [n for n in leaves if ours[n] != theirs.get(n, ours[n])]
-    for name in others[:1]:
-        said = f"{name} is {ours[name]} in A, {theirs[name]} in B."
-        causes.append(Cause("A layer with another setting", said, "layer"))
+    modules = a.settings()
+    leaves = [n for n in modules if n and not any(m.startswith(f"{n}.") for m in modules)]
+    causes += [cause for name in leaves if (cause := other_setting(a, b, name))][:1]
     drawn = [n for n in p["random"] if p["random"][n] != q["random"].get(n)]
     draws = p.get("draws") or q.get("draws")
     noise = _noise(p, q)
-    if noise and not rounding and not causes:
-        return "output", [noise]
-    if drawn and draws and not rounding and not causes:
+    if drawn and draws and not noise and not rounding and not causes:
         said = f"before the forward pass the state of {drawn[0]}'s generator differs; the first "
         said += f"output that differs is that of {what}."
         seen = [record["evaluation"]["batches"] for record in (p, q)]

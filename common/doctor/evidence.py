@@ -150,6 +150,11 @@ def near(number: float, other: float, within: float = 1e-5) -> bool:
     return math.isclose(number, other, rel_tol=within)
 
 
+def is_power_of_two(number: float) -> bool:
+    """Tell whether a number is one by which float16's losses are scaled."""
+    return near(math.log2(number), round(math.log2(number)), 1e-6)
+
+
 def shown(path: str) -> str:
     """Return how a sentence names an output: there may be only one, without a name."""
     return f"output '{path}'" if path else "the output"

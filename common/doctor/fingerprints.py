@@ -122,16 +122,8 @@ def _values(plain: Tensor) -> np.ndarray:
     return plain.to(torch.float64).numpy()
 
 
-@functools.lru_cache(1024)
-def _kind(shape: tuple, dtype: torch.dtype) -> bytes:
-    return f"{list(shape)} {dtype}".encode()
-
-
 def _digest(tensor: Tensor, plain: Tensor) -> str:
-    if tensor.is_nested:
-        digest = hashlib.sha256(f"{shape(tensor)} {tensor.dtype}".encode())
-    else:
-        digest = hashlib.sha256(_kind(tuple(tensor.shape), tensor.dtype))
+    digest = hashlib.sha256(f"{shape(tensor)} {tensor.dtype}".encode())
     if tensor.is_meta:  # it has no values, so all that it is says its shape
         return digest.hexdigest()[:16]
     content: Any = plain.view(torch.uint8).numpy()

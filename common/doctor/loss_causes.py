@@ -6,7 +6,18 @@ from typing import Any
 import numpy as np
 
 from .causes_network import FROZEN, rounding_causes
-from .evidence import Cause, Found, common_factor, differ, is_rounding, named, near, shown, size
+from .evidence import (
+    Cause,
+    Found,
+    common_factor,
+    differ,
+    is_power_of_two,
+    is_rounding,
+    named,
+    near,
+    shown,
+    size,
+)
 from .files import Line
 from .losses import (
     Loss,
@@ -22,7 +33,7 @@ from .losses import (
     row_factors,
     temperature,
 )
-from .run import Run
+from .run import Run, losses, same_losses
 
 COUNT = "A mean over another count (of tokens, samples or batches)"
 TERM = "One term of the loss has another weight, or another formula"
@@ -53,7 +64,7 @@ def loss_causes(
         equal = [s for s in both if s not in unlike]
         causes = _causes(p, q, unlike, equal, ours, theirs)
         said = _values(x, y)
-        if _same_values(x, y):
+        if same_losses(x, y):
             where = f"{p['module'] or 'the network'}'s {shown(unlike[0]).removeprefix('the ')}"
             more = f"the gradient at {where} differs; the loss that it comes from does not."
             causes.insert(0, Cause(FROZEN, more, "frozen"))
@@ -62,18 +73,11 @@ def loss_causes(
     return Found("loss", shown(unlike[0]), causes, len(unlike) - 1, how_far, rounding)
 
 
-def _same_values(x: Line, y: Line) -> bool:
-    """Tell whether the backward passes of a step began with the same numbers."""
-    ours, theirs = ([v for backward in step["backwards"] for v in backward["loss"]]
-                    for step in (x, y))  # fmt: skip
-    return bool(ours) and None not in ours and ours == theirs
-
-
 def _values(x: Line, y: Line) -> str:
     """Say the losses themselves."""
     sums = []
     for step in (x, y):
-        values = [v for backward in step["backwards"] for v in backward["loss"]]
+        values = losses(step)
         if not values or None in values:
             return ""
         sums.append(" + ".join(f"{v:.6g}" for v in values[:3]) + (" ..." if values[3:] else ""))
@@ -85,7 +89,7 @@ def _other_outputs(x: Line, y: Line, p: Line, q: Line) -> Found:
     who = "A" if path in p["loss"] else "B"
     said = f"only {who}'s loss depends on {shown(path)}; the gradients at the others are equal."
     cause = Cause("A term of the loss is missing on one side", said, "loss")
-    if _same_values(x, y):
+    if same_losses(x, y):
         said = f"only in {who} a gradient comes to {shown(path)} of {p['module'] or 'the network'};"
         cause = Cause(FROZEN, f"{said} the loss is the same.{_values(x, y)}", "frozen")
     return Found("loss", f"{shown(path)}, which only {who}'s loss uses", [cause])
@@ -147,7 +151,7 @@ def _factor(factor: float, path: str, p: Line, ours: list[Line], theirs: list[Li
             said += f" {count:,} rows of it have a gradient."
         sums = Cause("reduction='sum' on one side, 'mean' on the other", said, "reduction")
         return [sums]
-    if whole >= 1024 and near(math.log2(whole), round(math.log2(whole)), 1e-6):
+    if whole >= 1024 and is_power_of_two(whole):
         return [Cause("A loss that is scaled for float16", said, "precision")]
     if whole < 1024 and near(whole, round(whole), 4e-6 * max(1, whole / 8)):
         said += " Accumulation, or the average over devices, divides by such a number."

@@ -163,6 +163,17 @@ def training(step: Line) -> list[Line]:
     return [p for p in passes if p["loss"]] or passes
 
 
+def losses(step: Line) -> list[float | None]:
+    """Return the numbers with which the backward passes of a step began; None of another shape."""
+    return [value for backward in step["backwards"] for value in backward["loss"]]
+
+
+def same_losses(x: Line, y: Line) -> bool:
+    """Tell whether the backward passes of a step began with the same numbers."""
+    ours = losses(x)
+    return bool(ours) and None not in ours and ours == losses(y)
+
+
 def stepped(step: Line) -> set[str]:
     """Return the parameters that the step's optimizer holds."""
     return {name for group in step["groups"] for name in group["params"]}

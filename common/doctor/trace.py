@@ -163,8 +163,6 @@ class Trace:
     @bystander
     def before(self, module: nn.Module, args: Any) -> None:
         """Before a module's forward pass; the outermost with parameters is that of the batch."""
-        if self.idle:
-            return
         module = self.layout.original(module)
         if self.stack:
             if self.layout.inner(module) is not None:
@@ -240,13 +238,12 @@ class Trace:
         record = self.current
         if record is None:
             return
+        self._drew(id(module))
         if self.stack:
-            self._drew(id(module))
             is_read = self.is_full(self.steps + 1) or id(module) not in self.layout.plain
             if record["kind"] in ("train", "recompute") and is_read:
                 self._layer(record, module, output)
             return
-        self._drew(id(module))
         self.current = None
         record["moved"] = self.weights.moved(self.layout)
         if record["kind"] == "counted":
@@ -275,8 +272,7 @@ class Trace:
         calls = self.current.get("calls", {}).get(name, 0)
         parts = [bits(leaf) for leaf in leaves(args).values() if isinstance(leaf, Tensor)]
         if parts and not any(part[0] == "?" for part in parts):
-            key = f"{name} (call {calls + 1})" if calls else name
-            self.current["given"][key] = digest("".join(parts).encode())
+            self.current["given"][_call(name, calls + 1)] = digest("".join(parts).encode())
 
     def _layer(self, record: dict, module: nn.Module, output: Any) -> None:
         found = leaves(output)
@@ -287,7 +283,7 @@ class Trace:
         name = str(self.layout.name(module))
         calls = record.setdefault("calls", {})
         calls[name] = calls.get(name, 0) + 1
-        name += f" (call {calls[name]})" if calls[name] > 1 else ""
+        name = _call(name, calls[name])
         joined = next((p for p in parts if p[0] == "?"), "") or digest("".join(parts).encode())
         record["layers"][name] = parts[0] if len(parts) == 1 else joined
 
@@ -319,10 +315,9 @@ class Trace:
     @bystander
     def backward(self, losses: list[Tensor]) -> None:
         """Before `loss.backward()`."""
-        if not self.idle:
-            self.clock += 1
-            values = [float(x.detach()) if x.numel() == 1 else None for x in losses]
-            self.backwards.append({"at": self.clock, "loss": values})
+        self.clock += 1
+        values = [float(x.detach()) if x.numel() == 1 else None for x in losses]
+        self.backwards.append({"at": self.clock, "loss": values})
 
     @bystander
     def output_gradient(self, record: dict, path: str, gradient: Tensor) -> None:
@@ -338,8 +333,7 @@ class Trace:
     @bystander
     def gradient(self, name: str, key: int, gradient: Tensor) -> None:
         """The gradient of a parameter, before it is added to `.grad`."""
-        if not self.idle:
-            self.gradients.add(name, self.gradients.hooked[key][1], gradient.detach())
+        self.gradients.add(name, self.gradients.hooked[key][1], gradient.detach())
 
     # The step.
 
@@ -393,6 +387,11 @@ class Trace:
 def path_of_rank(path: Path, rank: int, ranks: int) -> Path:
     """Return the path of one process's file: it.rank0.trace, where there are several."""
     return path if ranks == 1 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+
+
+def _call(name: str, number: int) -> str:
+    """Return what a module is called in a pass that calls it several times."""
+    return f"{name} (call {number})" if number > 1 else name
 
 
 def _no_evaluation() -> dict[str, Any]:

@@ -62,12 +62,16 @@ class Reversed(torch.autograd.Function):
         return ctx.factor * gradient, None
 
 
-class Reversal(nn.Module):
+class Two(nn.Module):
+    """Two layers, and whether what is done between them is right."""
+
     def __init__(self):
         super().__init__()
         self.features, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
         self.right = True
 
+
+class Reversal(Two):
     def forward(self, x):
         x = self.features(x)
         return self.head(x.relu() + Reversed.apply(x.tanh(), -0.3 if self.right else 0.2))
@@ -80,14 +84,9 @@ class GradientReversal(Switched):
     build = staticmethod(Reversal)
 
 
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
-        self.right = True
-
+class Encoder(Two):
     def forward(self, x):
-        return self.last(F.dropout(self.first(x).relu(), 0.3, training=not self.right))
+        return self.head(F.dropout(self.features(x).relu(), 0.3, training=not self.right))
 
 
 class FunctionalDropout(Switched):
@@ -98,9 +97,9 @@ class FunctionalDropout(Switched):
 
 
 class Embedded(nn.Module):
-    def __init__(self, padding=0):
+    def __init__(self):
         super().__init__()
-        self.letters, self.head = nn.Embedding(20, 8, padding_idx=padding), nn.Linear(8, 3)
+        self.letters, self.head = nn.Embedding(20, 8, padding_idx=0), nn.Linear(8, 3)
         nn.init.normal_(self.letters.weight)
 
     def forward(self, x):
@@ -123,11 +122,12 @@ X = numbers(990, 40, 4)
 Y = X.sin().sum(1, keepdim=True)
 
 
-def closure_of(net, optimizer):
+def closure_of(net, optimizer, backward=torch.Tensor.backward, clears=True):
     def closure():
-        optimizer.zero_grad()
+        if clears:
+            optimizer.zero_grad()
         loss = F.mse_loss(net(X), Y)
-        loss.backward()
+        backward(loss)
         return loss
 
     return closure
@@ -156,15 +156,8 @@ class ClosureKeepsGradients(Simple):
 
             def training_step(self, _):
                 optimizer = self.optimizers()
-
-                def closure():
-                    if fixed:
-                        optimizer.zero_grad()
-                    loss = F.mse_loss(self.net(X), Y)
-                    self.manual_backward(loss)
-                    return loss
-
                 optimizer.zero_grad()
+                closure = closure_of(self.net, optimizer, self.manual_backward, self.fixed)
                 optimizer.step(closure=closure)
 
         fit(Port(net, fixed, self.optimizer), range(3), callbacks)
