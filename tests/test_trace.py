@@ -14,6 +14,7 @@ from controls import trace
 from helpers import SIDES, Noisy, count, train
 from samebits import BadInput, Trace, callback, compare, fingerprint, read
 from samebits.files import FORMAT
+from samebits.fingerprints import Stage, by_digest, checksum, same
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -70,7 +71,7 @@ def test_what_a_trace_records(tmp_path):
     assert first["groups"][0]["lr"] == 0.02 and first["groups"][0]["momentum"] == 0.9
     assert first["between"] == {} and first["fresh"] is None and first["optimizer"] == "SGD"
     for name, parameter in net.named_parameters():
-        assert second["used"]["bits"][name] == fingerprint(parameter.grad)["bits"]
+        assert second["used"]["bits"][name] == checksum(parameter.grad)
         assert f"{name}: momentum_buffer" in first["state"]
     # The first step is in full, the others are digests and the numbers of all tensors together.
     assert first["used"]["full"].keys() == second["used"]["bits"].keys()
@@ -96,6 +97,39 @@ def test_every_type_has_a_fingerprint(dtype):
     found = fingerprint(torch.arange(5).to(dtype))
     assert found["dtype"] == str(dtype)[6:] and found["zeros"] == 1
     assert fingerprint(torch.zeros(()))["shape"] == [] and fingerprint(torch.zeros(0))["norm"] == 0
+
+
+def test_several_tensors_are_read_as_each_alone():
+    """Large ones do not fit into the table at once, and small ones share it."""
+    torch.manual_seed(0)
+    sizes = 3, 200_000, 0, 1024, 1025, 65_536, 1
+    tensors = {str(size): torch.randn(size) for size in sizes} | {
+        "sparse": torch.eye(3).to_sparse()
+    }
+    tensors["half"] = torch.randn(9, 7).bfloat16()
+    stage = Stage(by_digest)
+    for name, tensor in tensors.items():
+        assert stage.add(name, tensor) == fingerprint(tensor)["bits"]
+    line, alone = stage.line(), [fingerprint(tensor) for tensor in tensors.values()]
+    assert line["norms"] == pytest.approx([t["norm"] for t in alone], rel=1e-3)
+    assert line["norm"] == pytest.approx(math.hypot(*(t["norm"] for t in alone)), rel=1e-9)
+    together = [sum(numbers) for numbers in zip(*(t["sketch"] for t in alone), strict=True)]
+    assert line["sketch"] == pytest.approx(together, rel=1e-7)
+    count("tensors in a stage", len(tensors))
+
+
+def test_the_same_is_the_same_bits():
+    nan, half = torch.tensor([math.nan, 1.0]), torch.tensor([1.0, 2.0, 3.0]).bfloat16()
+    for one in (nan, half, nan.to_sparse(), torch.zeros(2, device="meta"), torch.randn(3) * 1j):
+        assert same(one, one.clone())
+    for one, other in (
+        (torch.tensor([0.0]), torch.tensor([-0.0])),
+        (nan, torch.tensor([math.nan, 2.0])),
+        (half, half.float()),
+        (half, half[None]),
+        (torch.ones(3).to_sparse(), torch.tensor([1.0, 1.0, 2.0]).to_sparse()),
+    ):
+        assert not same(one, other)
 
 
 def test_every_thins_a_trace(tmp_path):

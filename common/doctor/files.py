@@ -15,10 +15,15 @@ from .messages import DOCTOR, BadInput
 
 Line = dict[str, Any]
 
-FORMAT = 2  # raised when the content of a trace changes
+FORMAT = 3  # raised when the content of a trace changes
 LARGEST = 1 << 30  # characters of a trace that are read
 LONGEST = 1 << 27  # of one line
 CHUNK = 1 << 20
+
+
+def path_of_rank(path: Path, rank: int, ranks: int) -> Path:
+    """Return the path of one process's file: it.rank0.trace, where there are several."""
+    return path if ranks == 1 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
 class Writer:

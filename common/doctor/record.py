@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .fingerprints import Line, bits, dense, excerpt, seen, short, together
+from .fingerprints import (
+    Line,
+    Stage,
+    bits,
+    by_checksum,
+    by_digest,
+    dense,
+    excerpt,
+    same,
+    seen,
+    short,
+)
 from .layout import Layout, plain_value
-
-
-def same(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors have the same bits."""
-    try:
-        if one.layout is torch.strided and one.shape == other.shape and one.dtype == other.dtype:
-            # What is not a number is not equal to itself; and only few tensors hold one.
-            return torch.equal(one, other) or bits(one) == bits(other)
-    except Exception:
-        pass
-    return bits(one) == bits(other)
 
 
 class Weights:
@@ -73,13 +73,14 @@ class Weights:
 
     def after(self, layout: Layout, names: list[str]) -> Line:
         """Return digests of all weights after a step of the parameters `names`, and their norms."""
-        tensors = layout.tensors
-        line = together({name: tensors[name] for name in names})
+        tensors, stage = layout.tensors, Stage(by_digest)
+        held = set(names)
+        for name in names:
+            self._keep(name, tensors[name], stage.add(name, tensors[name]))
         for name, value in tensors.items():
-            if name in line["bits"]:
-                self._keep(name, value, line["bits"][name])
-            elif not self._is_kept(name, value):
+            if name not in held and not self._is_kept(name, value):
                 self._keep(name, value)
+        line = stage.line()
         return {
             "bits": {name: self.bits[name] for name in tensors},
             "norm": line["norm"],
@@ -153,7 +154,10 @@ def step_line(trace: Any, optimizer: Optimizer, is_full: bool) -> Line:
     used = {n: g.detach() for n, g in gradients.items() if g is not None}
     came = trace.gradients.waiting | trace.gradients.fresh
     fresh = {n: came[n] for n in held if n in came and (n in used or n in trace.gradients.fresh)}
-    unchanged = used.keys() == fresh.keys() and all(same(used[n], fresh[n]) for n in used)
+    unchanged, stage = used.keys() == fresh.keys(), Stage(by_checksum)
+    for name, gradient in used.items():  # both at once, while the processor's cache has it
+        unchanged = unchanged and same(gradient, fresh[name])
+        stage.add(name, gradient)
     changes: Line = {}
     if not unchanged:
         try:
@@ -168,8 +172,8 @@ def step_line(trace: Any, optimizer: Optimizer, is_full: bool) -> Line:
         "passes": [_finished(record, trace) for record in trace.passes],
         "backwards": trace.backwards,
         "evaluation": trace.evaluation,
-        "used": _stage(used, is_full),
-        "fresh": None if unchanged else _stage(fresh, is_full),
+        "used": _written(stage, used, is_full),
+        "fresh": None if unchanged else _written(Stage(by_checksum), fresh, is_full),
         "between": changes,
         "optimizer": type(optimizer).__name__,
         "which": _number(trace.optimizers, optimizer),
@@ -190,11 +194,15 @@ def step_line(trace: Any, optimizer: Optimizer, is_full: bool) -> Line:
     return line
 
 
-def _stage(tensors: dict[str, Tensor], is_full: bool) -> Line:
-    stage = together(tensors)
+def _written(stage: Stage, gradients: dict[str, Tensor], is_full: bool) -> Line:
+    """Return what is written of gradients; checksums are enough, for the weights have digests."""
+    for name, tensor in gradients.items():
+        if name not in stage.bits:
+            stage.add(name, tensor)
+    line = stage.line()
     if is_full:
-        stage["full"] = {name: seen(tensor) for name, tensor in tensors.items()}
-    return stage
+        line["full"] = {name: seen(tensor) for name, tensor in gradients.items()}
+    return line
 
 
 def _finished(record: Line, trace: Any) -> Line:

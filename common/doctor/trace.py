@@ -25,8 +25,8 @@ from torch.optim import Optimizer
 
 from .bystander import Hooks, bystander, is_recomputing
 from .environment import environment, process, random_states, torch_state
-from .files import FORMAT, Writer
-from .fingerprints import bits, digest, excerpt, is_batch, not_seen, rows, seen
+from .files import FORMAT, Writer, path_of_rank
+from .fingerprints import bits, checksum, digest, excerpt, is_batch, not_seen, rows, seen
 from .layout import Layout
 from .messages import BadInput
 from .record import Gradients, Weights, step_line
@@ -276,7 +276,7 @@ class Trace:
 
     def _layer(self, record: dict, module: nn.Module, output: Any) -> None:
         found = leaves(output)
-        parts = [self._bits(x) if isinstance(x, Tensor) else "?" + type(output).__name__
+        parts = [self._checksum(x) if isinstance(x, Tensor) else "?" + type(output).__name__
                  for x in found.values() if isinstance(x, Tensor | Unseen)]  # fmt: skip
         if not parts:
             return  # it failed, or a recomputation had all that it needed
@@ -287,11 +287,11 @@ class Trace:
         joined = next((p for p in parts if p[0] == "?"), "") or digest("".join(parts).encode())
         record["layers"][name] = parts[0] if len(parts) == 1 else joined
 
-    def _bits(self, tensor: Tensor) -> str:
-        """Digest a tensor; a container gives what its last part gave, which is not read again."""
+    def _checksum(self, tensor: Tensor) -> str:
+        """Return that of a tensor; a container gives what its last part gave: it is read once."""
         version = -1 if tensor.is_inference() else tensor._version
         if self.last[0] is not tensor or self.last[1] != version:
-            self.last = (tensor, version, bits(tensor))
+            self.last = (tensor, version, checksum(tensor))
         return self.last[2]
 
     def _outputs(self, record: dict, output: Any) -> None:
@@ -301,8 +301,10 @@ class Trace:
                 record["unseen"].append(f"output {path}".strip())
             elif not isinstance(leaf, Tensor):
                 continue
-            elif record["kind"] != "train":
-                record["outputs"][path] = {"bits": self._bits(leaf)}
+            elif record["kind"] == "recompute":  # as the layers in the forward pass
+                record["outputs"][path] = {"bits": self._checksum(leaf)}
+            elif record["kind"] == "no_grad":
+                record["outputs"][path] = {"bits": bits(leaf)}
             else:
                 record["outputs"][path] = seen(leaf)
                 if leaf.requires_grad:
@@ -342,12 +344,10 @@ class Trace:
         """After an optimizer's step: the gradients that it used are still there."""
         if optimizer is not (self.optimizer or optimizer):
             return
-        self.layout.look()
-        ids = self.layout.ids
-        if not any(id(p) in ids for group in optimizer.param_groups for p in group["params"]):
-            return
         is_due = not self.idle
-        held = {ids[id(p)] for g in optimizer.param_groups for p in g["params"] if id(p) in ids}
+        held = self._held(optimizer, look=is_due) or self._held(optimizer, look=True)
+        if not held:
+            return
         self.steps += 1
         self.stack, self.current = [], None
         try:
@@ -361,6 +361,13 @@ class Trace:
                 self.gradients.unhook()
             if self.hooks is not None:
                 self.hooks.watch(not self.idle)
+
+    def _held(self, optimizer: Optimizer, look: bool) -> set[str]:
+        """Return the names of the network's parameters that an optimizer holds."""
+        if look:  # a module may have replaced some
+            self.layout.look()
+        ids = self.layout.ids
+        return {ids[id(p)] for g in optimizer.param_groups for p in g["params"] if id(p) in ids}
 
     def _begin_step(self) -> None:
         self.idle = not self._is_due()  # the step that comes is not recorded
@@ -382,11 +389,6 @@ class Trace:
     def _write(self, line: dict[str, Any]) -> None:
         if self.writer is not None and not self.failure:
             self.failure = self.writer.write(line)
-
-
-def path_of_rank(path: Path, rank: int, ranks: int) -> Path:
-    """Return the path of one process's file: it.rank0.trace, where there are several."""
-    return path if ranks == 1 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
 def _call(name: str, number: int) -> str:
