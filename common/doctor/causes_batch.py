@@ -128,10 +128,17 @@ def _other_values(
         return [Cause("Another scaling or normalization", said, "scaling")]
     close = [math.isclose(one.get(k, 0), other.get(k, 1), rel_tol=1e-6, abs_tol=1e-6)
              for k in ("norm", "sum")]  # fmt: skip
+    norms = one.get("norm", 0), other.get("norm", 0)
     if all(close):
         said = f"sum and norm are equal, {len(mine) - equal} of {len(mine)} samples differ."
         return [Cause("The same values in other places: flipped, turned, or channels exchanged",
                       said, "augmentation")]  # fmt: skip
+    # A mean of two samples of the batch, each for each, leaves the sum of the batch; not its norm.
+    if not equal and abs(one.get("sum", 0) - other.get("sum", 1)) < 1e-5 * max(norms):
+        said = "no sample is the same, but all together have the same sum; their norm is "
+        said += f"{norms[0]:.5g} in A, {norms[1]:.5g} in B."
+        return [Cause("The samples of a batch are mixed with each other (mixup) on one side, or "
+                      "otherwise", said, "augmentation")]  # fmt: skip
     how_far = size(one, other)
     if not equal and how_far is not None and how_far < 0.05:
         said = f"no sample is the same, and all together they differ by {how_far:.1g} only."

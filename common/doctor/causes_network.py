@@ -3,7 +3,7 @@
 from .evidence import Cause, Found, bits, unknown
 from .files import Line
 from .messages import SAMENESS
-from .run import Run
+from .run import Run, training
 
 
 def other_mode(p: Line, q: Line) -> Found:
@@ -23,7 +23,7 @@ def other_mode(p: Line, q: Line) -> Found:
 
 FROZEN = "Frozen or detached on one side (requires_grad, detach, no_grad)"
 EVAL = "model.eval() is missing before an evaluation"
-AGAIN = "A forward pass without a backward pass, in train mode, moved the running averages"
+AGAIN = "A forward pass without a backward pass, in train mode, moved buffers (running averages)"
 RECOMPUTED = "The running averages move twice: once more in the recomputation of a checkpoint"
 
 
@@ -43,9 +43,7 @@ def changed(a: Run, b: Run, index: int, x: Line, y: Line, names: list[str]) -> F
                 said += f"it; it moved {first}."
                 cause = Cause(AGAIN, said, "summary")
             else:
-                said = f"{run.name} made forward passes without gradients in train mode; they "
-                said += f"moved {first}."
-                cause = Cause(EVAL, said, "train-and-eval")
+                cause = _without_gradients(run, index, record, first)
             return Found("weights", names[0], [cause], len(names) - 1)
     touched = {run.name: {n: t for record in step["passes"] for n, t in record["changed"].items()}
                for run, step in ((a, x), (b, y))}  # fmt: skip
@@ -65,6 +63,21 @@ def changed(a: Run, b: Run, index: int, x: Line, y: Line, names: list[str]) -> F
             said += f" They are {run.name}'s initial weights again."
     cause = Cause("Weights were loaded, averaged or clamped between two steps", said)
     return Found("weights", names[0], [cause], len(names) - 1)
+
+
+def _without_gradients(run: Run, index: int, record: Line, name: str) -> Cause:
+    """Say what a forward pass without gradients was for, by the batch that it got."""
+    said = f"{run.name} made forward passes without gradients in train mode; they moved {name}."
+    given: set[str] = set()
+    if record["kind"] == "no_grad":  # else it is one of many that were counted alone
+        given = {bits(t) for t in record["inputs"].values() if "bits" in t}
+    steps = [run.step(n) for n in (index - 1, index) if n >= 0]
+    batches = [{bits(t) for t in p["inputs"].values() if "bits" in t}
+               for step in steps for p in training(step)]  # fmt: skip
+    if given and given in batches:
+        return Cause(AGAIN, f"{said} Their batch is one of the training, as for a metric.",
+                     "summary")  # fmt: skip
+    return Cause(EVAL, said, "train-and-eval")
 
 
 def _start(run: Run, name: str) -> str:
@@ -92,7 +105,9 @@ def other_buffers(a: Run, b: Run, index: int, x: Line, y: Line, names: list[str]
         causes.append(Cause(AGAIN, f"{said}; in {who} one of them had no backward pass.",
                             "summary"))  # fmt: skip
     if kinds[1][0] != kinds[1][1]:
-        causes.append(Cause(EVAL, f"{said}.", "train-and-eval"))
+        run, side = (a, moves[0]) if kinds[1][0] > kinds[1][1] else (b, moves[1])
+        record = next(p for p in side if p["kind"] == "no_grad")
+        causes.append(_without_gradients(run, index, record, name))
     if not causes:
         what = "as often" if counts[0] == counts[1] and more else "otherwise"
         name_of = "Buffers are moved by something else than the forward pass, or computed otherwise"

@@ -59,6 +59,37 @@ class BroadcastLoss(Simple):
         return F.mse_loss(output.squeeze(1) if right else output, target)
 
 
+class Mixup(Simple):
+    source = "hongyi-zhang/Fixup#5"
+    mistake = "mixup: the part of the other sample becomes 0 for the inputs, and not for the targets"
+    stage, cause = "batch", "The samples of a batch are mixed with each other (mixup)"
+
+    def batch(self, x, y, right):
+        share = 0.7
+        other = torch.arange(len(x)).roll(3)
+        part = share if right else round(share)
+        return part * x + (1 - part) * x[other], y, y[other], share
+
+    def mixed(self, net, batch, right):
+        x, one, other, share = self.batch(*batch, right)
+        output = net(x)
+        return share * F.cross_entropy(output, one) + (1 - share) * F.cross_entropy(output, other)
+
+    def loop(self, net):
+        optimizer = adam(net)
+        for batch in self.batches:
+            descend(optimizer, self.mixed(net, batch, True))
+
+    def port(self, net, callbacks, fixed):
+        case = self
+
+        class Port(Lit):
+            def training_step(self, batch):
+                return case.mixed(self.net, batch, self.fixed)
+
+        fit(Port(net, fixed, adam), self.batches, callbacks)
+
+
 class SigmoidTwice(Simple):
     source = "YXNTU/GeneralDyG#6"
     mistake = "a sigmoid before a loss that takes logits, with several labels a sample"

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from . import Case, F, Lit, choices, copy, descend, fit, numbers
 
@@ -273,6 +274,26 @@ class SecondForwardPass(Case):
             def training_step(self, batch):
                 logits = self.net(batch[0])
                 again = logits if self.fixed else self.net(batch[0])
+                accuracy = (again.argmax(1) == batch[1]).float().mean()
+                return {"loss": F.cross_entropy(logits, batch[1]), "accuracy": accuracy}
+
+        fit(Port(net, fixed, sgd), POINTS, callbacks)
+
+
+class SpectralNormAgain(SecondForwardPass):
+    source = "pytorch/pytorch#8208"
+    mistake = "spectral norm iterates in each forward pass, also in one without gradients"
+    cause = "A forward pass without a backward pass"
+
+    def build(self):
+        return nn.Sequential(spectral_norm(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3))
+
+    def port(self, net, callbacks, fixed):
+        class Port(Lit):
+            def training_step(self, batch):
+                logits = self.net(batch[0])
+                with torch.no_grad():
+                    again = logits if self.fixed else self.net(batch[0])
                 accuracy = (again.argmax(1) == batch[1]).float().mean()
                 return {"loss": F.cross_entropy(logits, batch[1]), "accuracy": accuracy}
 
