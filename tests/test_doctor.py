@@ -126,6 +126,24 @@ def test_rounding_is_called_rounding(tmp_path):
     assert "docs/sameness.md" in str(diagnosis)
 
 
+def test_another_formula_of_the_same_loss_is_rounding(tmp_path):
+    """The gradients at the output differ, and those of the weights do not."""
+    paths = []
+    for loss in (F.nll_loss, F.cross_entropy):  # log_softmax of log_softmax is the same
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3), nn.LogSoftmax(1))
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        paths.append(tmp_path / f"{loss.__name__}.trace")
+        with Trace(net, path=paths[-1]):
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss(net(torch.randn(12, 8)), torch.arange(12) % 3).backward()
+                optimizer.step()
+    diagnosis = compare(*paths)
+    assert diagnosis.stage == "loss" and diagnosis.rounding, str(diagnosis)
+    assert diagnosis.causes[0].name.startswith("Another formula of the same loss")
+
+
 def test_names_may_differ(tmp_path):
     class Wrapped(nn.Module):
         def __init__(self):

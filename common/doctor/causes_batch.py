@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from .evidence import Cause, size
+from .evidence import Cause, bits, size
 from .files import Line
 from .run import Run, training
 
@@ -15,14 +15,14 @@ def batch_causes(
 ) -> list[Cause]:
     """Name the causes where the samples differ that a forward pass got."""
     if one["shape"][1:] != other["shape"][1:]:
-        return _other_shape(one, other, p, q)
+        return _other_shape(one, other, _sample(p), _sample(q))
     rows = [[r["rows"] for line in run.every_step() for r in _like(p, line)]
             for run in (a, b)]  # fmt: skip
     here = sum(len(_like(p, a.step(n))) for n in range(index))
     here += sum(r["begin"] < p["begin"] for r in _like(p, a.step(index)))
     mine, yours = p["rows"], q["rows"]
     if len(mine) != len(yours):
-        return _other_batch_size(rows, here, mine, yours)
+        return _other_passes(a, b, index, p) or _other_batch_size(rows, here, mine, yours)
     if sorted(mine) == sorted(yours):
         said = f"all {len(mine)} samples are the same ones."
         return [Cause("The same samples in another order within the batch", said, "order")]
@@ -40,13 +40,58 @@ def _like(p: Line, step: Line) -> list[Line]:
     return [r for r in training(step) if "rows" in r and r["module"] == p["module"]]
 
 
-def _sample(record: Line) -> list[float]:
-    return [x for row in record["sample"]["rows"] for x in row]
+def _sample(record: Line, path: str = "") -> list[float]:
+    """Return values of the first sample that an argument has; of the batch itself by default."""
+    samples = record["samples"]
+    found = samples.get(path or next(iter(samples), ""), {"rows": []})
+    return [x for row in found["rows"] for x in row]
 
 
-def _other_shape(one: Line, other: Line, p: Line, q: Line) -> list[Cause]:
+def argument_causes(a: Run, b: Run, index: int, p: Line, q: Line, path: str) -> list[Cause]:
+    """Name the causes where an argument differs of which the samples are not recorded."""
+    one, other = p["inputs"][path], q["inputs"][path]
+    ours, theirs = _sample(p, path), _sample(q, path)
+    if ours and theirs:
+        if one["shape"][1:] != other["shape"][1:]:
+            return _other_shape(one, other, ours, theirs)
+        if cause := _shifted(one, ours, theirs):
+            return [cause]
+    every = [[bits(r["inputs"][path]) for line in run.every_step() for r in _given(p, line, path)]
+             for run in (a, b)]  # fmt: skip
+    here = sum(len(_given(p, a.step(n), path)) for n in range(index))
+    here += sum(r["begin"] < p["begin"] for r in _given(p, a.step(index), path))
+    for who, mine, yours in (("A", *every), ("B", *reversed(every))):
+        if not here < min(len(mine), len(yours)):
+            break
+        if mine[here] in mine[:here] and yours[here] not in yours[:here]:
+            said = f"{who}'s {path} is that of its batch {mine.index(mine[here]) + 1} again, the "
+            said += f"other run's is a new one; {here} were equal before."
+            name = f"{path} begins again in {who}: an epoch has another number of batches, as "
+            return [Cause(f"{name}where several loaders are joined", said, "steps")]
+    for shift in (1, -1, 2, -2):
+        there = slice(max(here + shift, 0), here + shift + 2)
+        if every[1][there] and every[0][here : here + 2] == every[1][there]:
+            said = f"A's {path} of batch {here + 1} is B's of batch {here + 1 + shift}."
+            return [Cause("A batch was left out, or taken twice, on one side", said, "steps")]
+    said = f"all arguments before {path} are equal."
+    return [Cause(f"Another value of the argument {path}", said)]
+
+
+def _given(p: Line, step: Line, path: str) -> list[Line]:
+    """Return a step's passes through the same module that got that argument."""
+    return [r for r in training(step) if r["module"] == p["module"] and path in r["inputs"]]
+
+
+def _shifted(one: Line, ours: list[float], theirs: list[float]) -> Cause | None:
+    for first, second, who in ((ours, theirs, "B"), (theirs, ours, "A")):
+        if len(one["shape"]) == 2 and len(set(first)) > 3 and first[1:] == second[:-1]:
+            said = f"of the first sample, {who}'s values are those of the other from the second on."
+            return Cause(f"The sequences are shifted by one in {who}", said)
+    return None
+
+
+def _other_shape(one: Line, other: Line, ours: list[float], theirs: list[float]) -> list[Cause]:
     said = f"a sample has the shape {one['shape'][1:]} in A and {other['shape'][1:]} in B"
-    ours, theirs = _sample(p), _sample(q)
     short, long = sorted((ours, theirs), key=len)
     who = "A" if len(ours) > len(theirs) else "B"
     if len(one["shape"]) == len(other["shape"]) == 2 and 0 < len(short) < len(long):
@@ -60,6 +105,18 @@ def _other_shape(one: Line, other: Line, p: Line, q: Line) -> list[Cause]:
     if math.prod(one["shape"][1:]) == math.prod(other["shape"][1:]) and ours == theirs:
         said += ", with the same values"
     return [Cause("Samples of another shape", f"{said}.")]
+
+
+def _other_passes(a: Run, b: Run, index: int, p: Line) -> list[Cause]:
+    """Look whether one run's passes of a step got together what the other's got in fewer."""
+    every = [[r["rows"] for r in _like(p, run.step(index))] for run in (a, b)]
+    whole = [sorted(row for batch in side for row in batch) for side in every]
+    if whole[0] != whole[1] or len(every[0]) == len(every[1]):
+        return []
+    said = f"all {len(whole[0])} samples of the step are the same ones: {len(every[0])} forward "
+    said += f"passes in A, {len(every[1])} in B. BatchNorm takes its averages over each of them."
+    return [Cause("The same samples in another number of forward passes", said,
+                  "batch-size-and-devices")]  # fmt: skip
 
 
 def _other_batch_size(rows: list, here: int, mine: list, yours: list) -> list[Cause]:
@@ -120,10 +177,8 @@ def _other_values(
         said = f"{one['dtype']} in A, {other['dtype']} in B."
         return [Cause("Another type of number", said, "scaling")]
     ours, theirs = _sample(p), _sample(q)
-    for first, second, who in ((ours, theirs, "B"), (theirs, ours, "A")):
-        if len(one["shape"]) == 2 and len(set(first)) > 3 and first[1:] == second[:-1]:
-            said = f"of the first sample, {who}'s values are those of the other from the second on."
-            return [Cause(f"The sequences are shifted by one in {who}", said)]
+    if cause := _shifted(one, ours, theirs):
+        return [cause]
     if said := _affine(ours, theirs, one["shape"]):
         return [Cause("Another scaling or normalization", said, "scaling")]
     close = [math.isclose(one.get(k, 0), other.get(k, 1), rel_tol=1e-6, abs_tol=1e-6)
@@ -155,8 +210,8 @@ def _other_values(
 def _affine(ours: list[float], theirs: list[float], shape: list[int]) -> str:
     """Say how B's values follow from A's by a factor and an offset, if they do; else ''."""
     a, b = np.array(ours), np.array(theirs)
-    if len(a) != len(b) or len(a) < 4 or np.ptp(a) == 0:
-        return ""
+    if len(a) != len(b) or len(a) < 4 or np.ptp(a) == 0 or ours == theirs:
+        return ""  # of equal ones, another sample differs
     channels = np.zeros(len(a), int)
     if len(shape) == 4:  # those of an image may have a scaling of their own each
         channels = np.linspace(0, math.prod(shape[1:]) - 1, len(a)).astype(int)

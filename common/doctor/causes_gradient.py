@@ -45,6 +45,11 @@ def gradient_causes(a: Run, b: Run, index: int, x: Line, y: Line, rounding: bool
         if all(factors):
             said = f"B's gradient of {names[0]} is {factors[0]:.6g} times A's"
             same = all(near(f, factors[0] or 1.0) for f in factors if f)
+            start = a.head["start"]
+            if not index and same and not any(start.get(n, {}).get("norm", 1) for n in names):
+                said += "; these weights begin as zeros, so that the output does not show it."
+                return [Cause("A factor within a layer whose weights are zero, such as LoRA's "
+                              "alpha / r, or a gate", said, "layer")]  # fmt: skip
             said += "." if same else "; other parameters have other factors."
             return [Cause("A hook, or a part of the loss, scales gradients", said,
                           "accumulation")]  # fmt: skip
@@ -125,9 +130,27 @@ def clipping_causes(a: Run, b: Run, index: int, x: Line, y: Line) -> list[Cause]
                 f"{name} changes its gradients before the step, such as their average over devices"
             )
             causes.append(Cause(what, turned, "batch-size-and-devices"))
+    if early := _after_each(x, y, said):
+        causes.insert(0, early)
     if unscaled := _clipped_while_scaled(x, y, said):
         causes.insert(0, unscaled)
     return causes or [Cause("Other gradients at the step", said + ".")]
+
+
+def _after_each(x: Line, y: Line, said: str) -> Cause | None:
+    """Look whether gradients of one norm were turned in one run alone, between several passes."""
+    cosines = [step["between"].get("cosine") for step in (x, y)]
+    norms = [step["used"]["norm"] for step in (x, y)]
+    if None in cosines or not near(norms[0], norms[1], 1e-3):
+        return None
+    turned = [cosine < 0.999999 for cosine in cosines]
+    who, step, other = ("A", x, "B") if turned[0] else ("B", y, "A")
+    if turned[0] == turned[1] or len(step["backwards"]) < 2:
+        return None
+    said += f". {other} only shortens its gradients, {who} turns them, too: it made "
+    said += f"{len(step['backwards'])} backward passes before the step."
+    return Cause(f"The gradients are clipped after each backward pass in {who}, once before the "
+                 f"step in {other}", said, "clipping")  # fmt: skip
 
 
 def _clipped_while_scaled(x: Line, y: Line, said: str) -> Cause | None:
@@ -162,7 +185,8 @@ def _shortened(run: Run, step: Line, name: str, said: str, both: bool) -> Cause:
     clipped = f"{name} shortened its gradients by {ratio:.4g}; {said}."
     if len(changed) > 1 and same_norm:
         clipped += f" {name}'s norm is the same in {len(changed)} steps."
-    return Cause(f"The gradients' norm is clipped in {name}{' to another length' * both}", clipped,
+    length = " to another length" * both
+    return Cause(f"The gradients' norm is clipped in {name}{length}", clipped,
                  "clipping")  # fmt: skip
 
 

@@ -6,7 +6,7 @@ they fit; each says what it saw, so that a reader can judge it.
 
 import math
 
-from .causes_batch import batch_causes
+from .causes_batch import argument_causes, batch_causes
 from .evidence import Cause, Found, bits, differ, is_rounding, named, size, unknown
 from .files import Line
 from .run import Run, training
@@ -116,8 +116,7 @@ def other_input(a: Run, b: Run, index: int, x: Line, y: Line, p: Line, q: Line) 
         if path == _of_samples(p) and "rows" in p and "rows" in q:
             causes = batch_causes(a, b, index, p, q, one, other)
         else:
-            said = f"all arguments before {path} are equal."
-            causes = [Cause(f"Another value of the argument {path}", said)]
+            causes = argument_causes(a, b, index, p, q, path)
         return Found("batch", what, causes, 0, how_far, is_rounding(how_far, one, other))
     for path, one, who, other in missing:
         root = path.split(".")[0]

@@ -21,7 +21,7 @@ def other_mode(p: Line, q: Line) -> Found:
     return Found("mode", unlike[0][0], causes, len(unlike) - 1)
 
 
-FROZEN = "Frozen or detached on one side (requires_grad, detach, no_grad)"
+FROZEN = "Frozen or detached on one side (requires_grad, detach, no_grad, create_graph)"
 EVAL = "model.eval() is missing before an evaluation"
 AGAIN = "A forward pass without a backward pass, in train mode, moved buffers (running averages)"
 RECOMPUTED = "The running averages move twice: once more in the recomputation of a checkpoint"
@@ -125,7 +125,7 @@ def other_setting(a: Run, b: Run, module: str | None) -> Cause | None:
 
 
 def output_causes(
-    a: Run, b: Run, what: str, p: Line, q: Line, rounding: bool
+    a: Run, b: Run, index: int, what: str, p: Line, q: Line, rounding: bool
 ) -> tuple[str, list[Cause]]:
     """Return the stage, output or random, and the causes; `what` is the first that differs."""
     causes: list[Cause] = []
@@ -161,8 +161,14 @@ def output_causes(
     elif None not in given:
         name += f", in {what}"
         said += f" What {what} gets is equal."
-    if drawn and not draws:
-        said += f" The state of {drawn[0]}'s generator differs, too."
+    elif index and not draws and not causes:
+        name += ", or a state that it keeps outside of its buffers"
+        said += f" In the {index} recorded steps before, all outputs were equal."
+        again = [n for n in range(index) if any(r.get("rows") == p.get("rows")
+                                                for r in training(a.step(n)))]  # fmt: skip
+        if again and "rows" in p:
+            said += f" The batch is that of step {a.step(again[-1])['step']:,} again: an epoch "
+            said += "ended between."
     return "output", [*causes, Cause(name, said, "layer")]
 
 

@@ -13,9 +13,11 @@ NOT_SETTINGS = {"params", "foreach", "fused", "capturable", "initial_lr", "max_l
                 "base_momentum", "max_momentum", "swa_lr", "param_names",
                 "decoupled_weight_decay"}  # fmt: skip
 
+OUTSIDE = "Weights were averaged, copied or loaded"
+
 __all__ = ["changed_afterwards", "clipping_causes", "gradient_causes", "other_count",
            "other_length", "other_order", "settings", "since", "skipped", "stepped",
-           "update_causes"]  # fmt: skip
+           "untrained", "update_causes"]  # fmt: skip
 
 
 def other_order(x: Line, y: Line) -> Found:
@@ -116,15 +118,43 @@ def _rate_causes(a: Run, b: Run, index: int, x: Line, said: str) -> list[Cause]:
             shifted = f"{said} {name}'s rates are those of the other one step later."
             return [Cause(f"The schedule moves before the optimizer's step in {name}", shifted,
                           "schedule")]  # fmt: skip
-    counted = f"{said} It changes {changes[0]} times in A, {changes[1]} times in B."
+    counted = f"{said} It changes {_times(changes[0])} in A, {_times(changes[1])} in B."
+    # PyTorch's schedules note the initial_lr in each group, all but ReduceLROnPlateau.
+    is_noted = [all("initial_lr" in g for g in run.step(len(run.steps) - 1)["groups"])
+                for run in (a, b)]  # fmt: skip
+    if not any(is_noted[n] for n in (0, 1) if changes[n]):
+        counted += " What changes it leaves no initial_lr, as ReduceLROnPlateau, or code by hand."
+        return [Cause("A schedule that watches a quantity: another monitor, mode or patience, or "
+                      "one that never moves", counted, "schedule")]  # fmt: skip
     if not all(changes):
         return [Cause("A schedule on one side only, or one that never moves", counted, "schedule")]
-    if max(changes) > 2 * min(changes):
+    often = [n > 0.8 * (len(r) - 1) for n, r in zip(changes, rates, strict=True)]
+    if any(often) and max(changes) > 2 * min(changes):
         return [Cause("The schedule moves by step on one side, by epoch on the other", counted,
                       "schedule")]  # fmt: skip
     rate = Cause("Another learning rate", said, "learning-rate")
     schedule = Cause("Another schedule, or another length of it", counted, "schedule")
     return [schedule, rate] if index else [rate, schedule]
+
+
+def untrained(a: Run, b: Run, index: int, x: Line, y: Line, names: list[str]) -> Found | None:
+    """Look for weights that no optimizer of the step holds, and that moved in one run alone."""
+    names = [n for n in names if n not in stepped(x) and n not in stepped(y)]
+    before = [weights_found(run, index) for run in (a, b)]
+    after = [step["weights"]["bits"] for step in (x, y)]
+    for who, other, mine, yours in (("A", "B", 0, 1), ("B", "A", 1, 0)):
+        moved = [n for n in names if differ(before[mine].get(n, "?"), after[mine][n])
+                 and not differ(before[yours].get(n, "?"), after[yours][n])]  # fmt: skip
+        if moved:
+            said = f"{moved[0]} moved in {who}, and not in {other}; no optimizer that stepped here "
+            said += "holds it."
+            cause = Cause(f"{OUTSIDE} in {who}, before the step ended", said)
+            return Found("update", moved[0], [cause], len(moved) - 1)
+    return None
+
+
+def _times(number: int) -> str:
+    return {0: "never", 1: "once"}.get(number, f"{number} times")
 
 
 def update_causes(
@@ -148,10 +178,6 @@ def update_causes(
     if rounding:
         passes = (training(step)[:1] for step in (x, y))
         return rounding_causes(a, b, *(side[0] if side else None for side in passes))
-    names = differing(x["weights"]["bits"], y["weights"]["bits"])
-    if outside := [n for n in names if n not in stepped(x) and n not in stepped(y)]:
-        said = f"{outside[0]} changed, but no optimizer that stepped here holds it."
-        return [Cause("Weights were changed within the step", said, "optimizer")]
     said = "gradients and settings are equal, and the optimizer's state before it was."
     return [Cause("Another formula of the step, or weights changed within it", said, "optimizer")]
 
@@ -163,6 +189,12 @@ def within(a: Run, x: Line, y: Line, p: Line, q: Line) -> Found | None:
     names = differing(*moved) or sorted(moved[0].keys() ^ moved[1].keys())
     if not names:
         return None
+    if not any(n in stepped(step) for n in names for step in (x, y)):
+        who = "A" if names[0] in moved[0] else "B"
+        said = f"in step {x['step']:,} {names[0]} was changed between two forward passes; no "
+        said += "optimizer that stepped here holds it."
+        cause = Cause(f"{OUTSIDE} in {who}, between two forward passes of one step", said)
+        return Found("weights", names[0], [cause], len(names) - 1)
     said = f"in step {x['step']:,} a forward pass found other weights than that of the other run: "
     said += "the optimizer's closure is called more than once, and the passes before were equal."
     cleared = [bool(step["between"].get("cleared")) for step in (x, y)]
@@ -206,6 +238,15 @@ def other_count(a: Run, b: Run, index: int, x: Line, y: Line) -> Found | None:
             return None  # none was seen in the whole run
         return Found("steps", what, [Cause("optimizer.step() is called twice", said, "steps")])
     said = f"{what}; they are equal as far as they go."
+    before = [[len(side) for side in paired(a.step(n), b.step(n))] for n in range(index)]
+    usual = max((n for n, _ in before), default=1)
+    if usual > 1 and all(n == m for n, m in before) and min(counts) < usual:
+        who, other = ("A", "B") if counts[0] < counts[1] else ("B", "A")
+        said = f"{what}; before, both made a step from {usual}. Where an epoch's batches are no "
+        said += f"multiple of {usual}, {who} makes a step from the rest, and {other} takes more."
+        cause = Cause(f"The rest of an epoch's batches makes a step in {who}, and is carried on "
+                      f"(or dropped) in {other}", said, "accumulation")  # fmt: skip
+        return Found("steps", what, [cause])
     cause = Cause("Gradients of several batches are accumulated on one side", said, "accumulation")
     return Found("steps", what, [cause])
 

@@ -67,7 +67,8 @@ def loss_causes(
         if same_losses(x, y):
             where = f"{p['module'] or 'the network'}'s {shown(unlike[0]).removeprefix('the ')}"
             more = f"the gradient at {where} differs; the loss that it comes from does not."
-            causes.insert(0, Cause(FROZEN, more, "frozen"))
+            others = [cause for cause in causes if cause.name != UNKNOWN]
+            causes = [Cause(FROZEN, more, "frozen"), *others]
         if said and causes:
             causes[0] = Cause(causes[0].name, causes[0].evidence + said, causes[0].page)
     return Found("loss", shown(unlike[0]), causes, len(unlike) - 1, how_far, rounding)
@@ -118,6 +119,8 @@ def _causes(
     if causes and causes[0].name not in (UNKNOWN, TERM):
         where = f"{causes[0].evidence} That is at {_list(unlike)}."
         return [Cause(causes[0].name, where, causes[0].page), term]
+    if all(factors):
+        return [term]
     other = Cause(UNKNOWN, "nothing tells these two apart.", "loss")
     return [term, other] if equal or any(factors) else [other, term]
 
@@ -342,6 +345,8 @@ def _same_function(ours: Loss, theirs: Loss, count: int) -> Cause | None:
     if ours.smoothing != theirs.smoothing:
         said = f"it is {ours.smoothing:g} in A, {theirs.smoothing:g} in B, by the gradients."
         return Cause("Another loss: label smoothing", said, "loss")
+    if cause := _weights_of_columns(ours, theirs):
+        return cause
     ratio = theirs.scales[ours.scales != 0] / ours.scales[ours.scales != 0]
     if not ratio.size or np.ptp(ratio) <= 1e-3 * ratio.max():
         return None
@@ -353,6 +358,24 @@ def _same_function(ours: Loss, theirs: Loss, count: int) -> Cause | None:
         return Cause("Another loss: weights of the classes (weight, pos_weight)", said, "loss")
     said = f"B's gradient is between {ratio.min():.4g} and {ratio.max():.4g} times A's, by row."
     return Cause("Other weights of samples, tokens or classes in the loss", said, "loss")
+
+
+def _weights_of_columns(ours: Loss, theirs: Loss) -> Cause | None:
+    """Look for a weight of each class, where each column is a question of its own."""
+    if ours.labels.ndim < 2 or ours.labels.shape[1] < 2 or (ours.scales == 0).any():
+        return None
+    ratio = theirs.scales / ours.scales
+    groups = [ratio[:, n][ours.labels[:, n] == label] for n in range(ratio.shape[1])
+              for label in (0, 1)]  # fmt: skip
+    groups = [group for group in groups if len(group)]
+    if np.ptp(ratio) <= 1e-3 * ratio.max() or max(map(len, groups)) < 2:
+        return None
+    if any(np.ptp(group) > 1e-3 * group.max() for group in groups):
+        return None
+    means = sorted({round(float(group.mean()), 3) for group in groups})
+    said = "B's gradient relative to A's depends on the class and its target alone: "
+    said += ", ".join(f"{m:g}" for m in means[:4]) + (" ..." if means[4:] else ".")
+    return Cause("Another loss: weights of the classes (weight, pos_weight)", said, "loss")
 
 
 def _unknown(p: Line, q: Line, path: str) -> Cause:

@@ -109,7 +109,12 @@ def _bce(z: Rows, g: Rows) -> Loss | None:
         unit = np.where(one, positive, negative)
         scales = np.abs(g) / np.maximum(unit, 1e-12)
         kinds = [scales[one], scales[~one & (g != 0)]]
-        if all(not len(k) or np.ptp(k) <= WITHIN * k.max() for k in kinds) and g.size > 3:
+        # Each class may have a weight of its own, where there are samples enough to tell.
+        columns = [scales[:, n][kind[:, n]] for n in range(g.shape[1])
+                   for kind in (one, ~one & (g != 0))]  # fmt: skip
+        is_one = [all(not len(k) or np.ptp(k) <= WITHIN * k.max() for k in groups)
+                  for groups in (kinds, columns)]  # fmt: skip
+        if (is_one[0] or (is_one[1] and len(z) > 7)) and g.size > 3:
             return Loss(name, np.where(g == 0, -1, one), scales)
     return None
 

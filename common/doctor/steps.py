@@ -3,7 +3,7 @@
 from typing import Any
 
 from . import causes_input, causes_network, causes_step
-from .evidence import Found, bits, differ, differing, is_rounding, size, stage
+from .evidence import Cause, Found, bits, differ, differing, is_rounding, size, stage
 from .files import Line
 from .loss_causes import loss_causes
 from .run import Run, paired, weights_found
@@ -50,6 +50,8 @@ def _moved(
     """Gradients and settings are equal: the step itself, or a buffer that something else moved."""
     if not parameters:
         return causes_network.other_buffers(a, b, index, x, y, kept)
+    if found := causes_step.untrained(a, b, index, x, y, parameters):
+        return found
     return stage(
         "update", x["weights"], y["weights"], among=parameters, dtypes=_dtypes(a, parameters),
         before=_sketch_before(a, index, x),
@@ -100,7 +102,10 @@ def _passes(
         for place in [*earlier, *([] if is_loss else [number])]:
             if place not in done:
                 done.add(place)
-                if one := _forward(a, b, index, x, y, ours[place], theirs[place]):
+                p, q = ours[place], theirs[place]
+                if place and _is_untrained(a, x, y, p, q):
+                    return causes_step.within(a, x, y, p, q)
+                if one := _forward(a, b, index, x, y, p, q):
                     return one
         if is_loss and is_early:
             p, q = ours[number], theirs[number]
@@ -108,8 +113,29 @@ def _passes(
             if any(differ(p["loss"].get(s, "?"), q["loss"].get(s, "?")) for s in paths) or (
                 _told_elsewhere(p, q)
             ):
-                return loss_causes(a, b, x, y, p, q, ours, theirs)
+                said = loss_causes(a, b, x, y, p, q, ours, theirs)
+                return said if said.rounding else _same_gradients(a, x, y, said) or said
     return None
+
+
+def _is_untrained(a: Run, x: Line, y: Line, p: Line, q: Line) -> bool:
+    """Tell whether weights that no optimizer holds were changed before one of two later passes."""
+    names = (p["changed"].keys() ^ q["changed"].keys()) - a.head["buffers"].keys()
+    return bool(names) and not names & (causes_step.stepped(x) | causes_step.stepped(y))
+
+
+def _same_gradients(a: Run, x: Line, y: Line, found: Found) -> Found | None:
+    """Look whether the weights' gradients agree, though those at the outputs do not."""
+    both = causes_step.stepped(x) & causes_step.stepped(y)
+    fresh = [side["fresh"] or side["used"] for side in (x, y)]
+    said = "the gradients at the output differ, and all gradients of weights agree but for rounding"
+    cause = Cause("Another formula of the same loss, such as log_softmax before cross entropy",
+                  f"{said}.", "loss")  # fmt: skip
+    gradients = stage("gradient", *fresh, among=both, dtypes=_dtypes(a, both),
+                      find=lambda rounding: [cause])  # fmt: skip
+    if gradients is None or not gradients.rounding:
+        return None
+    return Found("loss", found.what, [cause], found.others, gradients.size, True)
 
 
 def told(p: Line, q: Line) -> list[str]:
@@ -121,7 +147,14 @@ def _told_elsewhere(p: Line, q: Line) -> bool:
     """Tell whether a loss uses outputs that the other does not, beside the loss itself."""
     paths = p["loss"].keys() ^ q["loss"].keys()
     known = [s for s in paths if s in p["outputs"] and s in q["outputs"]]
-    return any((p["outputs"][s].get("shape") or [1]) != [1] for s in known)
+    both = told(p, q)
+    if both and all(map(_is_number, (p["outputs"].get(s, {}) for s in both))):
+        return bool(known)  # the network gives losses, and one of them is left out
+    return not all(_is_number(p["outputs"][s]) for s in known)
+
+
+def _is_number(tensor: Line) -> bool:
+    return (tensor.get("shape") or [1]) == [1]
 
 
 def _named_alike(p: Line, q: Line) -> Line:
@@ -190,7 +223,7 @@ def _forward(a: Run, b: Run, index: int, x: Line, y: Line, p: Line, q: Line) -> 
     pair = next(((s, t) for n, s, t in named if n in gave and "norm" in s and "norm" in t), None)
     how_far = size(*pair) if pair else None
     rounding = is_rounding(how_far, *pair) if pair else False
-    causes = causes_network.output_causes(a, b, name, p, q, rounding)
+    causes = causes_network.output_causes(a, b, index, name, p, q, rounding)
     rounding = rounding and causes[1][0].page != "layer"
     what = f"output of {name}" if layers else name.strip().replace("output", "the output")
     return Found(causes[0], what.strip(), causes[1], max(len(layers) - 1, 0) + len(gave) *

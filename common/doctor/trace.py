@@ -188,7 +188,7 @@ class Trace:
             "module": self.layout.name(module), "kind": kind, "begin": self.clock, "inputs": {},
             "outputs": {}, "layers": {}, "loss": {}, "moved": {}, "changed": {}, "unseen": [],
             "mode": self.layout.mode(), "random": {}, "evaluation": _no_evaluation(), "values": {},
-            "loss values": {},
+            "loss values": {}, "samples": {},
         }  # fmt: skip
         self.passes.append(record)
         self._inputs(record, positional(module, args))
@@ -208,7 +208,7 @@ class Trace:
         return record
 
     def _inputs(self, record: dict, arguments: dict[str, Any]) -> None:
-        """Record the arguments; of the first batch of tensors also each sample."""
+        """Record the arguments; of the first batch each sample, of others one in a step in full."""
         for path, leaf in (p for n, v in arguments.items() for p in leaves(v, n).items()):
             if isinstance(leaf, Unseen):
                 record["unseen"].append(path + " of the input")
@@ -218,12 +218,12 @@ class Trace:
                 record["inputs"][path] = {"bits": bits(leaf)}
             else:
                 record["inputs"][path] = seen(leaf) | {"attached": leaf.requires_grad}
-                if "rows" not in record and is_batch(leaf):
-                    try:
-                        record["sample"] = excerpt(leaf[:1].reshape(1, -1), SOME)
-                        record["rows"] = rows(leaf)
-                    except Exception as error:
-                        self.note("samples of a batch", error)
+                try:
+                    if is_batch(leaf) and ("rows" not in record or self.is_full(self.steps + 1)):
+                        record["rows"] = record.get("rows") or rows(leaf)
+                        record["samples"][path] = excerpt(leaf[:1].reshape(1, -1), SOME)
+                except Exception as error:
+                    self.note("samples of a batch", error)
 
     @bystander
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from samebits import Diagnosis, Trace, callback, compare
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -42,7 +43,9 @@ class Batches(Dataset):
 
 def fit(module: L.LightningModule, batches: Any, callbacks: list, **more: Any) -> None:
     """Fit quietly, on batches that are ready; a generator of its own keeps the global one still."""
-    loader = DataLoader(Batches(batches), batch_size=None, generator=torch.Generator())
+    loader = batches
+    if not isinstance(batches, CombinedLoader):
+        loader = DataLoader(Batches(batches), batch_size=None, generator=torch.Generator())
     usual = dict(max_epochs=1, accelerator="cpu", devices=1, logger=False, callbacks=callbacks,
                  enable_checkpointing=False, enable_progress_bar=False,
                  enable_model_summary=False)  # fmt: skip
@@ -113,4 +116,4 @@ def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 __all__ = ["CASES", "Batches", "Case", "F", "Lit", "choices", "copy", "descend", "fit", "numbers"]
 
 # Each of them adds its cases to CASES.
-from . import adversaries, classifiers, encoders, formulas, sequences  # noqa: E402, F401
+from . import adversaries, classifiers, encoders, formulas, sequences, turns  # noqa: E402, F401

@@ -61,7 +61,7 @@ class BroadcastLoss(Simple):
 
 class Mixup(Simple):
     source = "hongyi-zhang/Fixup#5"
-    mistake = "mixup: the part of the other sample becomes 0 for the inputs, and not for the targets"
+    mistake = "mixup: the share of the other sample is 0 for the inputs, and not for the targets"
     stage, cause = "batch", "The samples of a batch are mixed with each other (mixup)"
 
     def batch(self, x, y, right):
@@ -116,6 +116,59 @@ class ClassWeights(Simple):
     @staticmethod
     def loss(output, target, right):
         return F.cross_entropy(output, target, torch.tensor([1.0, 3.0]) if right else None)
+
+
+class WeightForPosWeight(Simple):
+    source = "open-mmlab/mmpretrain#434"
+    mistake = "the weights of the positive targets are passed as those of the classes"
+    stage, cause = "loss", "Another loss: weights of the classes (weight, pos_weight)"
+    batches: ClassVar = SigmoidTwice.batches
+    weights = torch.tensor([1.5, 2.0, 5.0])
+
+    @staticmethod
+    def loss(output, target, right):
+        which = "pos_weight" if right else "weight"
+        weights = {which: WeightForPosWeight.weights}
+        return F.binary_cross_entropy_with_logits(output, target, **weights)
+
+
+class Losses(nn.Module):
+    """A network that computes its losses itself, as those that detect objects do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.kind, self.box = nn.Linear(6, 16), nn.Linear(16, 3), nn.Linear(16, 1)
+
+    def forward(self, x, y):
+        hidden = self.body(x).relu()
+        box = self.box(hidden)
+        return {
+            "loss_class": F.cross_entropy(self.kind(hidden), y),
+            "loss_box": (box - x[:, :1]).abs().mean(),
+            "loss_size": box.square().mean(),
+        }
+
+
+class LeftOutLoss(Simple):
+    source = "facebookresearch/detectron2#5024"
+    mistake = "the sum leaves out one of the losses that the network returns"
+    stage, cause = "loss", "A term of the loss is missing on one side"
+    build = staticmethod(Losses)
+
+    def loop(self, net):
+        optimizer = adam(net)
+        for x, y in self.batches:
+            descend(optimizer, sum(net(x, y).values()))
+
+    def port(self, net, callbacks, fixed):
+        class Port(Lit):
+            def training_step(self, batch):
+                losses = self.net(*batch)
+                if not self.fixed:
+                    del losses["loss_box"]
+                return sum(losses.values())
+
+        fit(Port(net, fixed, adam), self.batches, callbacks)
 
 
 class NoLogarithm(Simple):

@@ -300,6 +300,45 @@ class SpectralNormAgain(SecondForwardPass):
         fit(Port(net, fixed, sgd), POINTS, callbacks)
 
 
+class Lora(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.base, self.head = nn.Linear(6, 16).requires_grad_(False), nn.Linear(16, 3)
+        self.head.requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(4, 6) / 4)
+        self.B = nn.Parameter(torch.zeros(16, 4))
+        self.scale = scale
+
+    def forward(self, x):
+        return self.head((self.base(x) + self.scale * x @ self.A.T @ self.B.T).relu())
+
+
+class LoraScale(Case):
+    source = "rasbt/LLMs-from-scratch#821"
+    mistake = "a LoRA is scaled by alpha, not by alpha / rank"
+    stage, cause = "gradient", "A factor within a layer whose weights are zero"
+
+    def build(self):
+        return Lora(2.0)
+
+    def optimizer(self, net):
+        return torch.optim.SGD([net.A, net.B], 0.1)
+
+    def loop(self, net):
+        optimizer = self.optimizer(net)
+        for x, y in POINTS:
+            descend(optimizer, F.cross_entropy(net(x), y))
+
+    def port(self, net, callbacks, fixed):
+        net.scale *= 1 if fixed else 4
+
+        class Port(Lit):
+            def training_step(self, batch):
+                return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        fit(Port(net, fixed, self.optimizer), POINTS, callbacks)
+
+
 class FrozenPart(nn.Module):
     def __init__(self):
         super().__init__()

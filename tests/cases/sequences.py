@@ -202,7 +202,7 @@ class Causal(nn.Module):
 class ShiftedTwice(Case):
     source = "huggingface/transformers#47394"
     mistake = "labels are shifted by hand, and again by the network that computes the loss"
-    stage, cause = "batch", "Another value of the argument labels"
+    stage, cause = "batch", "The sequences are shifted by one in B"
     build = staticmethod(Causal)
     tokens: ClassVar = [choices(300 + i, 0, 20, 4, 10) for i in range(6)]
 
