@@ -26,7 +26,7 @@ FABRIC: dict[str, Control] = {
         "lightning", "clipping", "Left-over gradients",
         "            optimizer.zero_grad()\n", "", **ONE | dict(gradient_clip_val=0.0)),
     "the last group without a step": replaced(
-        "plain", "steps", "Gradients of several batches",
+        "plain", "steps", "The rest of an epoch's batches",
         "% group == 0 or batch == len(train_loader)", "% group == 0", **FOUR),
     "dropout that goes on from the network's seed": replaced(
         "lightning", "random", "Random numbers",

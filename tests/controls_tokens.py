@@ -17,7 +17,7 @@ TOKENS: dict[str, Control] = {
         "plain", "loss", "Other weights of samples, tokens", 'targets = batch["target"].flatten()',
         'targets = batch["target"].flatten().clamp(min=0)', **GPT),
     "tokens: the last window makes no step": replaced(
-        "plain", "steps", "Gradients of several batches", "if number % group and not last:",
+        "plain", "steps", "The rest of an epoch's batches", "if number % group and not last:",
         "if number % group:", **GPT | dict(accumulate_grad_batches=4)),
     "tokens: decay for biases and norms, too": replaced(
         "plain", "update", "Another weight decay", '"weight_decay": 0.0}', '"weight_decay": 0.1}',

@@ -10,7 +10,9 @@ import sys
 import controls
 import pytest
 import torch
+import torch.nn.functional as F
 from case_table import EQUAL
+from cases import CASES
 from helpers import Noisy, count, some
 from samebits import STAGES, BadInput, Cause, Diagnosis, Trace, assert_parity, compare
 from test_trace import noisy, steps
@@ -251,8 +253,9 @@ def test_every_page_that_a_cause_names_exists():
 
 def test_the_readme_says_what_the_pages_show():
     readme = (ROOT / "README.md").read_text()
-    changes, pairs = len(controls.CONTROLS), EQUAL
-    assert f"Of {changes} single changes" in readme and f"; {pairs} pairs of equal runs" in readme
+    changes, mistakes = len(controls.CONTROLS), sum(c.cause is not None for c in CASES.values())
+    assert f"Of {changes} single changes" in readme and f"; {EQUAL} pairs of equal runs" in readme
+    assert f"of {mistakes} mistakes rebuilt" in readme
     pitfalls = (ROOT / "docs" / "pitfalls.md").read_text()
     assert f"{len(re.findall('<a id=', pitfalls))} runnable sections" in readme
     shown = re.search(r"```\n(The runs differ .*?)```", readme, re.DOTALL)[1]
