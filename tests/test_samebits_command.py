@@ -133,35 +133,61 @@ def test_ranks_of_a_run(tmp_path, capsys):
 
 
 TWO = """
-import os, sys, torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist, torch.distributed.fsdp
 from samebits import Trace
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+_, rank, meet, path, kind, change = sys.argv
+dist.init_process_group("gloo", init_method="file://" + meet, rank=int(rank), world_size=2)
 torch.manual_seed(0)
-net = torch.nn.Linear(3, 2)
-model = torch.nn.parallel.DistributedDataParallel(net) if sys.argv[4] == "ddp" else net
+net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+model = torch.nn.parallel.DistributedDataParallel(net) if kind == "ddp" else net
+if kind == "fsdp":
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    torch.distributed.fsdp.fully_shard(net, mesh=mesh)
 optimizer = torch.optim.SGD(net.parameters(), 0.1)
-with Trace(net, path=sys.argv[3]):
-    for i in range(2):
+with Trace(net, path=path):
+    for i in range(3):
+        labels = torch.arange(4) % 2
+        if change and i == 1 and rank == "1":
+            labels = 1 - labels
         optimizer.zero_grad()
-        model(torch.ones(4, 3) * (rank + i)).square().mean().backward()
+        images = torch.arange(12.).reshape(4, 3) / 10 + int(rank) + i
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
 dist.destroy_process_group()
 """
+
+
+def in_two(folder, path, kind, change=""):
+    meet = folder / f"meet{path.stem}"
+    started = [
+        subprocess.Popen([sys.executable, "-c", TWO, str(rank), str(meet), path, kind, change],
+                         env=os.environ | {"OMP_NUM_THREADS": "1"})
+        for rank in (0, 1)
+    ]  # fmt: skip
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    assert len(list(folder.glob(f"{path.stem}.rank*.trace"))) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "alone"])
 def test_two_processes_write_a_file_each(kind, tmp_path):
     path = tmp_path / "it.trace"
-    started = [
-        subprocess.Popen([sys.executable, "-c", TWO, str(rank), str(tmp_path / "meet"), path, kind],
-                         env=os.environ | {"OMP_NUM_THREADS": "1"})
-        for rank in (0, 1)
-    ]  # fmt: skip
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
-    assert {p.name for p in tmp_path.glob("*.trace")} == {"it.rank0.trace", "it.rank1.trace"}
+    in_two(tmp_path, path, kind)
     assert main(["check", str(path)]) == (0 if kind == "ddp" else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_what_one_process_got_is_found_there(kind, tmp_path, capsys):
+    """The others see it in their gradients alone, which are averaged over the processes."""
+    a, b, again = (tmp_path / f"{name}.trace" for name in ("a", "b", "again"))
+    for path, change in ((a, ""), (b, "labels"), (again, "")):
+        in_two(tmp_path, path, kind, change)
+    assert main([str(a), str(again)]) == 0
+    assert main([str(a), str(b)]) == 1
+    said = capsys.readouterr().out
+    assert "from step 2 on, first in the loss" in said and "this is rank 1" in said
+    assert "1. Other targets (labels)" in said
 
 
 # Where exactly.

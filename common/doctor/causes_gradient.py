@@ -92,6 +92,12 @@ def clipping_causes(a: Run, b: Run, index: int, x: Line, y: Line) -> list[Cause]
     causes: list[Cause] = []
     lines = (("A", a, x, y), ("B", b, y, x))
     both = all(step["between"] for step in (x, y))
+    missing = [set(step["between"].get("missing", ())) for step in (x, y)]
+    if missing[0] and missing[0] == missing[1]:  # so it is with FSDP, whose hooks come earlier
+        more = "in both runs the gradients at the step are others than those of this process's "
+        more += f"backward pass; {said}. Compare the traces of all ranks."
+        return [Cause("Other gradients came from the other processes", more,
+                      "batch-size-and-devices")]  # fmt: skip
     for name, run, step, other in lines:
         between = step["between"]
         if not between:

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from .diagnosis import Diagnosis, compare
+from .diagnosis import STAGES, Diagnosis, compare
 from .evidence import Cause, differing
 from .messages import BadInput
 from .run import load
@@ -62,6 +62,9 @@ def compare_ranks(a: Path | str, b: Path | str, nudged: Path | str | None = None
         if cause := drift(paths):
             remarks.append(f"Within {name}: {cause.name}: {cause.evidence}")
     found = [compare(x, y) for x, y in zip(ours, theirs, strict=True)]
-    rank = min(range(len(found)), key=lambda n: (found[n].equal, found[n].step, n))
+    # What one rank got, all others see in their averaged gradients, which is later in a step.
+    order = [*STAGES, None]
+    rank = min(range(len(found)), key=lambda n: (found[n].equal, found[n].step,
+                                                 order.index(found[n].stage), n))  # fmt: skip
     said = [f"{len(found)} processes; this is rank {rank}."]
     return dataclasses.replace(found[rank], remarks=(*said, *remarks, *found[rank].remarks))
