@@ -147,6 +147,13 @@ def _other_order(
             ahead = "A is ahead" if shift > 0 else "B is ahead"
             said = f"{ahead} by {abs(shift)}: A's batch {here + 1} is B's {here + 1 + shift}."
             return [Cause("A batch was left out, or taken twice, on one side", said, "steps")]
+    again = [_before_a_repetition(run) for run in rows]
+    for who, its, other in (("A", again[0], again[1]), ("B", again[1], again[0])):
+        if 2 * its < other:
+            said = f"in {who} a sample comes a second time after {its:,} others, in the other run "
+            said += f"after {other:,}." if other < sys.maxsize else "none does."
+            return [Cause(f"The samples are drawn with replacement in {who} (a sampler)", said,
+                          "order")]  # fmt: skip
     drawn = _first_random_difference(a, b)
     seed = Cause("Shuffled with another seed or generator, or not shuffled on one side",
                  f"{share}.", "order")  # fmt: skip
@@ -158,6 +165,16 @@ def _other_order(
     validation = Cause("A validation, or something else, drew random numbers on one side", said,
                        "validation-and-order")  # fmt: skip
     return [validation, seed]
+
+
+def _before_a_repetition(batches: list[list[str]]) -> int:
+    """Return how many samples come before the first that was there already; else a large number."""
+    seen: set[str] = set()
+    for row in (row for batch in batches for row in batch):
+        if row in seen:
+            return len(seen)
+        seen.add(row)
+    return sys.maxsize
 
 
 def _first_random_difference(a: Run, b: Run) -> int:
@@ -227,5 +244,10 @@ def _affine(ours: list[float], theirs: list[float], shape: list[int]) -> str:
                 break
             fits.append((factor, offset))
         else:
-            return f"B's values are {fits[0][0]:.4g} times A's, {fits[0][1]:+.4g}{how}."
+            # By rounding, the values of one type of number become those of another.
+            if all(abs(f - 1) < 1e-3 and abs(o) < 1e-3 * np.ptp(a) for f, o in fits):
+                return ""
+            factor, offset = fits[0]
+            more = "" if abs(offset) < 1e-4 * np.ptp(b) else f", {offset:+.4g}"
+            return f"B's values are {factor:.4g} times A's{more}{how}."
     return ""

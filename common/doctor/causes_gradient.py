@@ -128,6 +128,11 @@ def clipping_causes(a: Run, b: Run, index: int, x: Line, y: Line) -> list[Cause]
             low, high = between["apart"]
             each = f"each tensor keeps its direction, but has between {low:.4g} and {high:.4g} "
             each += f"times its length; {said}."
+            if near(high, 1, 1e-6):
+                part = Cause(f"A part of the gradients alone is scaled or clipped in {name}", each,
+                             "clipping")  # fmt: skip
+                causes.insert(0, part)
+                continue
             causes.append(Cause(f"Each tensor's gradient is scaled or clipped by itself in {name}",
                                 each, "clipping"))  # fmt: skip
         else:

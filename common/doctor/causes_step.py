@@ -118,6 +118,16 @@ def _rate_causes(a: Run, b: Run, index: int, x: Line, said: str) -> list[Cause]:
             shifted = f"{said} {name}'s rates are those of the other one step later."
             return [Cause(f"The schedule moves before the optimizer's step in {name}", shifted,
                           "schedule")]  # fmt: skip
+    for slow, fast, name in ((ours, theirs, "B"), (theirs, ours, "A")):
+        for times in (2, 3, 4, 8):
+            some = slow[::times]
+            is_even = all(len(set(slow[n : n + times])) == 1 for n in range(0, len(slow), times))
+            if len(set(some)) > 2 and fast[: len(some)] == some and not is_even:
+                faster = (
+                    f"{said} {name}'s rates are those that the other run has {times} times as late."
+                )
+                return [Cause(f"The schedule moves {times} times as fast in {name}, as where its "
+                              "step is called more than once", faster, "schedule")]  # fmt: skip
     counted = f"{said} It changes {_times(changes[0])} in A, {_times(changes[1])} in B."
     # PyTorch's schedules note the initial_lr in each group, all but ReduceLROnPlateau.
     is_noted = [all("initial_lr" in g for g in run.step(len(run.steps) - 1)["groups"])
@@ -238,6 +248,13 @@ def other_count(a: Run, b: Run, index: int, x: Line, y: Line) -> Found | None:
             return None  # none was seen in the whole run
         return Found("steps", what, [Cause("optimizer.step() is called twice", said, "steps")])
     said = f"{what}; they are equal as far as they go."
+    for who, passes in zip("AB", paired(x, y), strict=True):
+        batches = {str(p.get("rows")) for p in passes}
+        if len(passes) > 1 == min(counts) == len(batches) and "rows" in passes[0]:
+            said = f"{what}; in {who} all of them got the same samples."
+            cause = Cause(f"Several passes of one batch make a step in {who}, as SAM or a closure "
+                          "makes them", said, "steps")  # fmt: skip
+            return Found("steps", what, [cause])
     before = [[len(side) for side in paired(a.step(n), b.step(n))] for n in range(index)]
     usual = max((n for n, _ in before), default=1)
     if usual > 1 and all(n == m for n, m in before) and min(counts) < usual:

@@ -1,0 +1,76 @@
+"""Causes of which the two loops differ in one line: the doctor's first word on each."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import count
+from samebits import Trace, compare
+from torch import nn
+
+GENERATOR = torch.Generator().manual_seed(0)
+X, Y = torch.randn(128, 6, generator=GENERATOR), torch.randint(0, 3, (128,), generator=GENERATOR)
+ORDERS = (
+    torch.randperm(128, generator=GENERATOR),
+    torch.randint(0, 128, (128,), generator=GENERATOR),
+)
+
+
+def loop(net, samples=lambda n: slice(16 * n, 16 * n + 16), given=lambda x: x, clip=None,
+         moves=1, is_twice=False):  # fmt: skip
+    """Train on eight batches of 16 samples, each option as the arguments say."""
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    for n in range(8):
+        x, y = given(X[samples(n)]), Y[samples(n)]
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        if is_twice:  # as sharpness-aware minimization does, without moving the weights
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y.flip(0)).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(clip(net), 0.01)
+        optimizer.step()
+        for _ in range(moves):
+            schedule.step()
+
+
+def mixed(x):
+    return 0.7 * x + 0.3 * x.flip(0)
+
+
+CAUSES = {
+    "mixed samples": (
+        dict(given=mixed), {}, "batch", "The samples of a batch are mixed with each other"),
+    "half precision and back": (
+        dict(given=lambda x: x.half().float()), {}, "batch", "The same samples with"),
+    "with replacement": (
+        dict(samples=lambda n: ORDERS[1][16 * n :][:16]),
+        dict(samples=lambda n: ORDERS[0][16 * n :][:16]),
+        "batch", "The samples are drawn with replacement in A"),
+    "a part is clipped": (
+        dict(clip=lambda net: net[2].parameters()), dict(clip=lambda net: net.parameters()),
+        "clipping", "A part of the gradients alone is scaled or clipped in A"),
+    "a schedule that moves twice": (
+        dict(moves=2), {}, "update", "The schedule moves 2 times as fast in A"),
+    "two passes for a step": (
+        dict(is_twice=True), {}, "steps", "Several passes of one batch make a step in A"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CAUSES)
+@pytest.mark.parametrize("turned", [False, True], ids=["A", "B"])
+def test_the_first_cause(name, turned, tmp_path):
+    """Whichever of the two is A, the words say which run has it."""
+    *ways, stage, cause = CAUSES[name]
+    if turned:
+        ways, cause = ways[::-1], cause.removesuffix(" in A") + " in B" * cause.endswith(" in A")
+    paths = [tmp_path / f"{side}.trace" for side in "ab"]
+    for path, way in zip(paths, ways, strict=True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+        with Trace(net, path=path):
+            loop(net, **way)
+    diagnosis = compare(*paths)
+    assert diagnosis.stage == stage and not diagnosis.rounding, str(diagnosis)
+    assert diagnosis.causes[0].name.startswith(cause), str(diagnosis)
+    count("first causes")
