@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,35 @@ def plain(net, x):
     return net(x).square().mean()
 
 
+class Resizing(nn.Linear):
+    """Has a buffer that grows, as the memory of FSDP's parameters does."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.register_buffer("memory", torch.zeros(2))
+
+    def forward(self, x):
+        if len(self.memory) < 8:
+            self.memory.resize_(8).zero_()
+        return super().forward(x) + self.memory[0]
+
+
+class WithScripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), torch.jit.script(nn.Linear(3, 1))
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+class OwnParameter(nn.Linear):
+    """Gives one of its parameters."""
+
+    def forward(self, x):
+        return self.weight
+
+
 STRANGE = {
     "nested tensors": (lambda: nn.Linear(4, 2), nested, lambda n, x: n(x).values().mean()),
     "a sparse input": (OfSparse, lambda i: (torch.eye(6) * (i + 1)).to_sparse(), plain),
@@ -77,6 +107,9 @@ STRANGE = {
             n, dict(n.named_parameters()), (row,)).sum())(x).mean()),
     "a scripted network": (lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU()), dense(8, 4),
                            lambda n, x: torch.jit.script(n)(x).mean()),
+    "a buffer that is resized": (Resizing, dense(2, 3), plain),
+    "a part that is scripted": (WithScripted, dense(8, 4), plain),
+    "a parameter as an output": (lambda: OwnParameter(3, 2), dense(2, 3), plain),
     "half precision": (lambda: nn.Linear(4, 2).bfloat16(), lambda i: dense(8, 4)(i).bfloat16(),
                        plain),
 }  # fmt: skip
@@ -202,6 +235,61 @@ def test_nothing_of_it_is_saved_or_stays(tmp_path):
     assert torch.autograd.backward is usual
     assert not nn.modules.module._global_forward_hooks
     assert not nn.modules.module._global_forward_pre_hooks
+
+
+def test_backward_of_a_generator_of_losses(tmp_path):
+    """It gives its tensors once."""
+    net = nn.Linear(2, 1, bias=False)
+    with Trace(net, path=tmp_path / "it.trace"):
+        losses = [net(torch.ones(1, 2)).sum() for _ in range(3)]
+        torch.autograd.backward(loss for loss in losses)
+    assert net.weight.grad.tolist() == [[3.0, 3.0]]
+
+
+def test_a_parameter_that_is_an_output_keeps_no_hook(tmp_path):
+    net = OwnParameter(3, 2)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with Trace(net, path=tmp_path / "it.trace"):
+        for _ in range(3):
+            plain(net, torch.ones(1, 3)).backward()
+            optimizer.step()
+    assert not net.weight._backward_hooks
+
+
+def test_trainings_in_threads_do_not_disturb_each_other(tmp_path):
+    """Traces begin and end while other threads go along PyTorch's hooks."""
+    failed = []
+
+    def train(number):
+        net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        try:
+            with Trace(net, path=tmp_path / f"{number}.trace"):
+                for _ in range(5 + number):
+                    plain(net, torch.ones(2, 8)).backward()
+                    optimizer.step()
+        except RuntimeError as error:
+            failed.append(error)
+
+    for _ in range(8):
+        threads = [threading.Thread(target=train, args=(number,)) for number in (20, 0, 5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failed
+    assert all(json.loads(read(path)[-1])["end"] >= 5 for path in tmp_path.glob("*.trace"))
+    assert not nn.modules.module._global_forward_hooks
+
+
+def test_a_trace_can_begin_with_nothing_but_lazy_parameters(tmp_path):
+    for side in "ab":
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.LazyLinear(4), nn.LazyLinear(1))
+        with Trace(net, path=tmp_path / f"{side}.trace"):
+            plain(net, torch.ones(2, 3)).backward()
+            torch.optim.SGD(net.parameters(), 0.1).step()
+    assert compare(tmp_path / "a.trace", tmp_path / "b.trace").equal
 
 
 @pytest.mark.slow

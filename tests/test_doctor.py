@@ -178,6 +178,77 @@ def test_names_may_differ(tmp_path):
     assert (compare(a, b).step, compare(a, b).stage) == (2, "update")
 
 
+def written(net, path, train):
+    torch.manual_seed(1)
+    with Trace(net, path=path):
+        train(net, torch.optim.SGD(net.parameters(), 0.1))
+    return path
+
+
+def test_a_batch_without_a_loss_is_no_step(tmp_path):
+    """The Trainer steps without gradients where training_step returns None; a loop continues."""
+
+    def train(steps_anyway):
+        def run(net, optimizer):
+            for i in range(4):
+                optimizer.zero_grad()
+                loss = net(torch.randn(3, 4)).square().mean()
+                if i == 1:
+                    if steps_anyway:
+                        optimizer.step()
+                    continue
+                loss.backward()
+                optimizer.step()
+
+        return run
+
+    paths = []
+    for steps_anyway in (False, True):
+        torch.manual_seed(0)
+        paths.append(written(nn.Linear(4, 2), tmp_path / f"{steps_anyway}.trace",
+                             train(steps_anyway)))  # fmt: skip
+    assert compare(*paths).equal and compare(*paths[::-1]).equal, str(compare(*paths))
+
+
+def test_the_order_of_definition_is_free(tmp_path):
+    """Of tied weights, and of layers with other names: their initial values tell which is which."""
+
+    class Net(nn.Module):
+        def __init__(self, names):
+            super().__init__()
+            parts = {"in": nn.Linear(4, 4), "out": nn.Linear(4, 4)}
+            parts["out"].weight = parts["in"].weight
+            parts["more"] = nn.Linear(4, 4)
+            for own, part in names.items():
+                setattr(self, own, parts[part])
+            self.order = [next(own for own in names if names[own] == part) for part in parts]
+
+        def forward(self, x):
+            for name in self.order:
+                x = getattr(self, name)(x)
+            return x
+
+    def train(net, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(torch.randn(3, 4)).square().mean().backward()
+            optimizer.step()
+
+    ways = (
+        {"in_": "in", "out": "out", "more": "more"},
+        {"out": "out", "in_": "in", "more": "more"},
+        {"last": "more", "first": "in", "second": "out"},
+    )
+    paths = []
+    for number, names in enumerate(ways):
+        torch.manual_seed(0)
+        paths.append(written(Net(names), tmp_path / f"{number}.trace", train))
+    for path in paths[1:]:
+        diagnosis = compare(paths[0], path)
+        assert diagnosis.equal, str(diagnosis)
+    assert "paired by their initial values" in str(diagnosis)
+
+
 def test_a_start_that_is_a_later_step(tmp_path):
     """One run goes on from where the other is after its second step: no other seed."""
     net = noisy()

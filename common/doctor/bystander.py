@@ -5,8 +5,9 @@ keep it from being scripted, and would switch off the fast path of a transformer
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,59 +35,99 @@ def bystander(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 class Hooks:
-    """The hooks of one trace, until they are removed.
+    """What one trace listens to, until it is removed.
 
     Before a step that is not recorded, only the hook on the step is there: the others cost time.
+    PyTorch gets one hook of each kind for all traces: while a training in another thread goes along
+    the hooks, none may come or go.
     """
+
+    opened: ClassVar[list["Hooks"]] = []
+    lock = threading.Lock()
+    passes: ClassVar[list[Any]] = []
+    step: ClassVar[list[Any]] = []
 
     def __init__(self, trace: Any) -> None:
         self.trace = trace
-        self.step = register_optimizer_step_post_hook(trace.stepped)
-        self.passes: list[Any] = []
+        self.is_wanted = False
+        with Hooks.lock:
+            Hooks.opened.append(self)
+            if not Hooks.step:
+                Hooks.step.append(register_optimizer_step_post_hook(_stepped))
 
     def watch(self, is_wanted: bool) -> None:
         """Hook the forward and backward passes, or leave them alone."""
-        if is_wanted and not self.passes:
-            self.passes = [
-                register_module_forward_pre_hook(self.trace.before),
-                register_module_forward_hook(self.trace.after, with_kwargs=True, always_call=True),
-            ]
-            _listen(self.trace)
-        elif not is_wanted and self.passes:
-            for handle in self.passes:
-                handle.remove()
-            self.passes = []
-            _leave(self.trace)
+        self.is_wanted = is_wanted
+        with Hooks.lock:
+            if is_wanted and not Hooks.passes:
+                Hooks.passes += [
+                    register_module_forward_pre_hook(_before),
+                    register_module_forward_hook(_after, with_kwargs=True, always_call=True),
+                ]
+                _listen()
+            elif len(Hooks.opened) <= 1 and not is_wanted:
+                _remove(Hooks.passes)
+                _leave()
 
     def remove(self) -> None:
         self.watch(False)
-        self.step.remove()
+        with Hooks.lock:
+            Hooks.opened.remove(self)
+            if not Hooks.opened:
+                _remove(Hooks.passes)
+                _remove(Hooks.step)
+                _leave()
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def _listening() -> list[Any]:
+    return [hooks.trace for hooks in tuple(Hooks.opened) if hooks.is_wanted]
+
+
+def _before(module: Any, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for trace in _listening():
+            trace.before(module, args)
+
+
+def _after(module: Any, args: Any, kwargs: Any, output: Any = None) -> None:
+    if not torch.compiler.is_compiling():
+        for trace in _listening():
+            trace.after(module, args, kwargs, output)
+
+
+def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
+    for hooks in tuple(Hooks.opened):
+        hooks.trace.stepped(optimizer, args, kwargs)
 
 
 # PyTorch has no hook for `loss.backward()`. So its one entrance is replaced while a trace is open.
 
-_listeners: list[Any] = []
 _usual: Callable[..., None] = torch.autograd.backward
 
 
-def _listen(trace: Any) -> None:
+def _listen() -> None:
     global _usual
-    _listeners.append(trace)
     if torch.autograd.backward is not _observed:
         _usual = torch.autograd.backward
         torch.autograd.backward = _observed
 
 
-def _leave(trace: Any) -> None:
-    if trace in _listeners:
-        _listeners.remove(trace)
-    if not _listeners and torch.autograd.backward is _observed:
+def _leave() -> None:
+    if torch.autograd.backward is _observed:
         torch.autograd.backward = _usual
 
 
 @functools.wraps(torch.autograd.backward)
 def _observed(tensors: Any, *args: Any, **kwargs: Any) -> None:
-    for trace in _listeners:
+    if isinstance(tensors, Iterator):  # it gives its tensors once
+        tensors = tuple(tensors)
+    for trace in _listening():
         trace.backward([tensors] if isinstance(tensors, Tensor) else list(tensors))
     return _usual(tensors, *args, **kwargs)
 

@@ -27,7 +27,7 @@ def batch_causes(
         said = f"all {len(mine)} samples are the same ones."
         return [Cause("The same samples in another order within the batch", said, "order")]
     seen = [{row for batch in run for row in batch} for run in rows]
-    common = sum(row in seen[1] for row in mine)
+    common = max(sum(row in seen[1] for row in mine), sum(row in seen[0] for row in yours))
     equal = sum(m == n for m, n in zip(mine, yours, strict=True))
     # Of few different samples, as of single numbers, some meet by chance.
     if common * 2 > len(mine) and equal * 2 < len(mine) and common > equal:
@@ -135,7 +135,7 @@ def _other_batch_size(rows: list, here: int, mine: list, yours: list) -> list[Ca
 def _other_order(
     a: Run, b: Run, rows: list, here: int, mine: list, yours: list, common: int
 ) -> list[Cause]:
-    share = f"{common} of {len(mine)} samples of A's batch come in B at another place"
+    share = f"{common} of {len(mine)} samples of a batch come in the other run at another place"
     for run, own, other, name in ((rows[1], yours, rows[0], "B"), (rows[0], mine, rows[1], "A")):
         if own in run[:here] and other[here] not in other[:here]:
             said = f"{name}'s batch is that of its batch {run.index(own) + 1} again."
@@ -147,11 +147,9 @@ def _other_order(
             ahead = "A is ahead" if shift > 0 else "B is ahead"
             said = f"{ahead} by {abs(shift)}: A's batch {here + 1} is B's {here + 1 + shift}."
             return [Cause("A batch was left out, or taken twice, on one side", said, "steps")]
-    again = [_before_a_repetition(run) for run in rows]
+    again = [_again(run) for run in rows]
     for who, its, other in (("A", again[0], again[1]), ("B", again[1], again[0])):
-        if 2 * its < other:
-            said = f"in {who} a sample comes a second time after {its:,} others, in the other run "
-            said += f"after {other:,}." if other < sys.maxsize else "none does."
+        if said := _replaced(its, other):
             return [Cause(f"The samples are drawn with replacement in {who} (a sampler)", said,
                           "order")]  # fmt: skip
     drawn = _first_random_difference(a, b)
@@ -167,14 +165,28 @@ def _other_order(
     return [validation, seed]
 
 
-def _before_a_repetition(batches: list[list[str]]) -> int:
-    """Return how many samples come before the first that was there already; else a large number."""
+def _again(batches: list[list[str]]) -> list[bool]:
+    """Tell of each sample whether it came before."""
     seen: set[str] = set()
+    found = []
     for row in (row for batch in batches for row in batch):
-        if row in seen:
-            return len(seen)
+        found.append(row in seen)
         seen.add(row)
-    return sys.maxsize
+    return found
+
+
+def _replaced(its: list[bool], other: list[bool]) -> str:
+    """Say how many samples come again while the other run's are new, and others are new still.
+
+    A few may be in the data twice; and where an epoch is shorter, all come again after it.
+    """
+    thirds = [[n for n, is_again in enumerate(run) if is_again][2:3] for run in (its, other)]
+    whole = min(len(its), *thirds[1], len(other))
+    count = sum(its[:whole])
+    rest = its[thirds[0][0] : whole] if thirds[0] else []
+    if count < max(5, whole // 10) or rest.count(False) < 0.3 * len(rest):
+        return ""
+    return f"of the first {whole:,} samples {count:,} came before; in the other run nearly none."
 
 
 def _first_random_difference(a: Run, b: Run) -> int:
@@ -220,7 +232,7 @@ def _other_values(
         said = f"{equal} of {len(mine)} samples are equal."
         return [Cause("Some samples are changed on one side, as by an augmentation", said,
                       "augmentation")]  # fmt: skip
-    said = f"{common} of {len(mine)} samples of A's batch come anywhere in B."
+    said = f"{common} of {len(mine)} samples of a batch come anywhere in the other run."
     return [Cause("Other samples: another split or data set, or an augmentation", said, "split")]
 
 

@@ -15,9 +15,10 @@ from .run import Run, training
 def other_network(a: Run, b: Run) -> Found | None:
     """Compare the parameters' names and shapes, and which of them are one tensor."""
     names = [run.names() for run in (a, b)]
-    ours, theirs = ({n: t.get("shape") for n, t in side.items()
-                     if run.head["buffers"].get(n, True)}
-                    for side, run in zip(names, (a, b), strict=True))  # fmt: skip
+    # What one of the two does not save is no part of the network that both have.
+    left_out = {n for run in (a, b) for n, is_saved in run.head["buffers"].items() if not is_saved}
+    ours, theirs = ({n: t.get("shape") for n, t in side.items() if n not in left_out}
+                    for side in names)  # fmt: skip
     if ours == theirs:
         return _tied(a, b)
     one_sided = sorted(ours.keys() ^ theirs.keys())

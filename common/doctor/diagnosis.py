@@ -122,6 +122,12 @@ def _compare(a: Run, b: Run) -> Diagnosis:
                 f"A was made with {name}={ours} and B with {name}={theirs}; trace both with the "
                 f"same `{name}`."
             )
+    spread = [bool(run.head.get("sharded")) for run in (a, b)]
+    if spread[0] != spread[1]:
+        raise BadInput(
+            f"{'A' if spread[0] else 'B'}'s weights are spread over processes, and the other run's "
+            "are not; compare two runs of one strategy."
+        )
     remarks = [*environment(a, b), *align(a, b)]
     steps = a.end["end"]
     found, step = _start(a, b), 0

@@ -64,4 +64,5 @@ def process() -> tuple[int, int]:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
+    rank, ranks = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))  # by torchrun
+    return (int(rank), int(ranks)) if rank.isdigit() and ranks.isdigit() else (0, 1)

@@ -1,6 +1,7 @@
 """Write the file that a trace is, and read it: only whole ones, and none that is endless."""
 
 import contextlib
+import glob
 import gzip
 import hashlib
 import json
@@ -35,7 +36,8 @@ class Writer:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.temporary = path.with_name(f"{path.name}.part")
+        # Of each process one: they may only later learn that they are several.
+        self.temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
         self.digest = hashlib.sha256()
         self.whole = 0  # bytes before the last line, once the file was whole
 
@@ -107,7 +109,7 @@ def read(path: Path | str) -> list[str]:
         lines = _lines(path)
         head, end = json.loads(lines[0]), json.loads(lines[-1])
     except FileNotFoundError as error:
-        part = path.with_name(f"{path.name}.part").exists()
+        part = any(path.parent.glob(f"{glob.escape(path.name)}*.part"))
         why = "; only its beginning, .part: the run was killed, or still goes on" if part else ""
         raise BadInput(
             f"there is no trace '{path}'{why}; make one: with Trace(net, path=...), see {DOCTOR}."

@@ -93,7 +93,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 def _integers(tensor: Tensor) -> np.ndarray:
     """Return a tensor's values in a row, as integers of their size."""
     plain = dense(tensor)
-    return plain.view(INTEGERS[plain.element_size()]).numpy()
+    return array(plain.view(INTEGERS[plain.element_size()]))
 
 
 def not_seen(error: Exception) -> str:
@@ -161,6 +161,14 @@ def dense(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten()
 
 
+def array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor's memory as NumPy sees it.
+
+    Not by tensor.numpy(): from then on PyTorch would refuse to resize that memory, as FSDP does.
+    """
+    return np.from_dlpack(tensor)
+
+
 def shape(tensor: Tensor) -> list:
     if tensor.is_nested:
         return [list(part.shape) for part in tensor.unbind()]
@@ -168,9 +176,7 @@ def shape(tensor: Tensor) -> list:
 
 
 def _values(plain: Tensor) -> np.ndarray:
-    if plain.dtype in READ_AS_THEY_ARE:
-        return plain.numpy()
-    return plain.to(torch.float64).numpy()
+    return array(plain if plain.dtype in READ_AS_THEY_ARE else plain.to(torch.float64))
 
 
 def _kind(tensor: Tensor) -> str:
@@ -179,7 +185,7 @@ def _kind(tensor: Tensor) -> str:
 
 def _bytes(plain: Tensor) -> Any:
     """Return a buffer of a tensor's bytes; NumPy has no bfloat16, for example."""
-    return plain.numpy() if plain.dtype in READ_AS_THEY_ARE else plain.view(torch.uint8).numpy()
+    return array(plain if plain.dtype in READ_AS_THEY_ARE else plain.view(torch.uint8))
 
 
 def by_digest(tensor: Tensor, plain: Tensor) -> str:
@@ -267,7 +273,7 @@ def rows(tensor: Tensor) -> list[str]:
     values = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     if values.is_complex():
         values = torch.view_as_real(values)
-    table: Any = values.reshape(len(values), -1).view(torch.uint8).numpy()
+    table: Any = array(values.reshape(len(values), -1).view(torch.uint8))
     return [hashlib.sha256(row).hexdigest()[:8] for row in table]
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -30,23 +31,32 @@ class Layout:
         self.saved: dict[str, bool] = {}  # buffers, and whether a checkpoint holds them
         for name, module in named:
             where = plain(name) + "." * bool(plain(name))
-            for own in module._parameters:
-                self.homes[where + own] = (module._parameters, own)
-            for own in module._buffers:
-                self.homes[where + own] = (module._buffers, own)
-                self.saved[where + own] = own not in module._non_persistent_buffers_set
+            parameters, buffers = module._parameters, module._buffers
+            if isinstance(module, torch.jit.ScriptModule):  # whose own are no dicts
+                parameters = dict(module.named_parameters(recurse=False))
+                buffers = dict(module.named_buffers(recurse=False))
+            for own in parameters:
+                self.homes[where + own] = (parameters, own)
+            for own in buffers:
+                self.homes[where + own] = (buffers, own)
+                is_left_out = own in getattr(module, "_non_persistent_buffers_set", ())
+                self.saved[where + own] = not is_left_out
 
         self.look()
 
     def look(self) -> None:
-        """Look up all parameters and buffers that are there; of tied ones, by the first name."""
+        """Look up all that is there; of tied parameters, by the first name of the alphabet.
+
+        The order in which a network names them may differ from one run to the other.
+        """
         found: dict[int, tuple[str, Tensor]] = {}
         for name, (home, own) in self.homes.items():
             tensor = home.get(own)
             # torch.func.functional_call puts others in the place of parameters, for a while.
             is_own = name in self.saved or isinstance(tensor, nn.Parameter)
-            if tensor is not None and is_own and id(tensor) not in found and not is_lazy(tensor):
-                found[id(tensor)] = (name, tensor)
+            if tensor is not None and is_own and not is_lazy(tensor):
+                known = found.get(id(tensor), (name, tensor))
+                found[id(tensor)] = (min(name, known[0]), tensor)
         self.tensors = dict(found.values())
         self.ids = {key: name for key, (name, _) in found.items() if name not in self.saved}
         self.parameters = {n: t for n, t in self.tensors.items() if n not in self.saved}
@@ -60,13 +70,13 @@ class Layout:
     @property
     def tied(self) -> dict[str, str]:
         """Names of a tensor that has another name before: {'head.weight': 'emb.weight'}."""
-        first: dict[int, str] = {}
-        found = {}
+        groups: dict[int, list[str]] = {}
         for name, (home, own) in self.homes.items():
             tensor = home.get(own)
-            if tensor is not None and first.setdefault(id(tensor), name) != name:
-                found[name] = first[id(tensor)]
-        return found
+            if tensor is not None:
+                groups.setdefault(id(tensor), []).append(name)
+        return {name: min(names) for names in groups.values() for name in names
+                if name != min(names)}  # fmt: skip
 
     def name(self, module: nn.Module) -> str | None:
         return self.names.get(id(module))

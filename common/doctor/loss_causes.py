@@ -299,6 +299,8 @@ def _other_formula(
         said += f"{gammas[0]:g} in A, {gammas[1]:g} in B; 0 is plain cross entropy."
         return Cause("Another loss: a focal loss, or another gamma", said, "loss")
     for known, gradient, who in ((ours, h, "B"), (theirs, g, "A")):
+        if ours and theirs:
+            break  # both are without one
         divisor = temperature(z, gradient, known.labels) if known else None
         if divisor:
             said = f"{who}'s gradient is that of a cross entropy of output / {divisor:.4g}."

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from .fingerprints import (
     Line,
     Stage,
+    array,
     bits,
     by_checksum,
     by_digest,
@@ -93,12 +94,15 @@ class Gradients:
 
     def __init__(self) -> None:
         self.hooked: dict[int, Any] = {}
+        self.handles: list[Any] = []  # of hooks on outputs that outlive a step
         self.fresh: dict[str, Tensor] = {}
         self.waiting: dict[str, Tensor] = {}  # what came before a step that did not use it
         self.begin(())
 
     def begin(self, stepped: Collection[str]) -> None:
         """Begin anew after a step of these parameters; what the others got may still be used."""
+        while self.handles:
+            self.handles.pop().remove()
         self.waiting |= self.fresh
         self.waiting = {n: g for n, g in self.waiting.items() if n not in stepped}
         self.fresh = {}
@@ -294,4 +298,13 @@ def between(fresh: dict[str, Tensor], used: dict[str, Tensor], left: dict[str, T
 
 
 def _flat(tensor: Tensor) -> np.ndarray:
-    return dense(tensor).to(torch.float64).numpy()
+    return array(dense(tensor).to(torch.float64))
+
+
+def call_name(name: str, number: int) -> str:
+    """Return what a module is called in a pass that calls it several times."""
+    return f"{name} (call {number})" if number > 1 else name
+
+
+def no_evaluation() -> Line:
+    return {"batches": 0, "mode": "", "moved": {}}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .evidence import unknown
+from .evidence import bits, unknown
 from .files import Line, read
 from .messages import BadInput
 
@@ -203,19 +203,45 @@ def joined(run: Run) -> None:
         before = steps[-1] if steps else None
         if (
             before
-            and not line["passes"]
+            and all(record["kind"] == "no_grad" for record in line["passes"])
             and not line["backwards"]
             and (stepped(before).isdisjoint(stepped(line)))
         ):
             _join(before, line)
         else:
             steps.append(line)
-    run.is_joined = len(steps) < len(run.steps)
+    run.is_joined = run.is_joined or len(steps) < len(run.steps)
     run.steps = [json.dumps(line) for line in steps]
     run.step.cache_clear()
 
 
+def without_idle_steps(run: Run) -> None:
+    """Leave out steps without any gradient that changed no weight.
+
+    The Trainer makes them where training_step returns None, and a loop continues with the next
+    batch. What their passes moved is what the next step found.
+    """
+    if not any('"used": {"bits": {},' in line for line in run.steps):
+        return
+    steps: list[Line] = []
+    passes: list[Line] = []
+    known = {name: value["bits"] for name, value in run.head["start"].items()}
+    for line in map(json.loads, run.steps):
+        after = line["weights"]["bits"]
+        names = [n for n in after if n not in run.head["buffers"]]
+        if not line["used"]["bits"] and all(after[n] == known.get(n) for n in names):
+            passes += line["passes"]
+            continue
+        line["passes"], passes, known = passes + line["passes"], [], after
+        steps.append(line)
+    if steps and len(steps) < len(run.steps):
+        run.is_joined = True
+        run.steps = [json.dumps(line) for line in steps]
+        run.step.cache_clear()
+
+
 def _join(before: Line, line: Line) -> None:
+    before["passes"] += line["passes"]
     fresh = [step["fresh"] or step["used"] for step in (before, line)]
     if before["fresh"] or line["fresh"]:
         before["fresh"] = _both(*fresh)
@@ -246,8 +272,9 @@ def _both(one: Line, other: Line) -> Line:
 
 def align(a: Run, b: Run) -> tuple[str, ...]:
     """Bring the names of both traces together; return what there is to say about it."""
-    joined(a)
-    joined(b)
+    for run in (a, b):
+        without_idle_steps(run)
+        joined(run)
     ours, theirs = a.names(), b.names()
     if ours.keys() == theirs.keys():
         return ()
@@ -263,6 +290,12 @@ def align(a: Run, b: Run) -> tuple[str, ...]:
         if others:
             said += f"; {len(others)} others of {whole.name} are not compared: {others[0]} ..."
         return (f"{said}.",)
+    table = _by_values(ours, theirs)
+    if table and list(table.values()) != list(ours):
+        b.rename(table)
+        first = next(name for name in table if table[name] != name)
+        return (f"The parameters have other names, and were paired by their initial values: "
+                f"{first} is {table[first]}.",)  # fmt: skip
     shapes = [[t.get("shape") for t in names.values()] for names in (ours, theirs)]
     if shapes[0] != shapes[1] or any(map(unknown, [*ours.values(), *theirs.values()])):
         return ()
@@ -271,6 +304,19 @@ def align(a: Run, b: Run) -> tuple[str, ...]:
     first = next(name for name in table if table[name] != name)
     return (f"The parameters have other names, and were paired in their order: {first} is "
             f"{table[first]}.",)  # fmt: skip
+
+
+def _by_values(ours: dict, theirs: dict) -> dict[str, str]:
+    """Return which name of the first each name of the second is, where all values are the same."""
+    places: dict[str, list[str]] = {}
+    for name, tensor in ours.items():
+        places.setdefault(bits(tensor), []).append(name)
+    table = {}
+    for name, tensor in theirs.items():
+        if unknown(tensor) or not places.get(bits(tensor)):
+            return {}
+        table[name] = places[bits(tensor)].pop(0)
+    return table if len(ours) == len(theirs) else {}
 
 
 def _prefix(part: dict, whole: dict, run: Run) -> str | None:

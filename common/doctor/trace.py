@@ -13,8 +13,8 @@ full; of later ones digests, and the numbers of all tensors of a stage together.
 those in full, too. docs/doctor.md has what it costs.
 """
 
-import functools
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +29,7 @@ from .files import FORMAT, Writer, path_of_rank
 from .fingerprints import bits, checksum, digest, excerpt, is_batch, not_seen, rows, seen
 from .layout import Layout
 from .messages import BadInput
-from .record import Gradients, Weights, step_line
+from .record import Gradients, Weights, call_name, no_evaluation, step_line
 from .rounding import nudge as nudge_weights
 from .walk import Unseen, leaves, positional
 from .zoom import Operators
@@ -64,6 +64,8 @@ class Trace:
                 f"Trace watches a network, a torch.nn.Module with parameters, and got "
                 f"{type(model).__name__}; give it the module whose forward pass takes the batch."
             )
+        if isinstance(model, torch.jit.ScriptModule):
+            raise BadInput("Trace sees no call in a ScriptModule; trace what was scripted.")
         if not isinstance(every, int) or every < 1:
             raise BadInput(f"every is {every!r}, but it is a distance between steps: 1, 2, 3 ...")
         if not isinstance(first, int) or first < 1:
@@ -72,15 +74,16 @@ class Trace:
             raise BadInput(f"full is {full!r}, but it holds numbers of steps: (7, 8).")
         if not isinstance(zoom, int) or zoom < 0:
             raise BadInput(f"zoom is {zoom!r}, but it is the number of a step: 5.")
-        self.model, self.optimizer, self.every, self.first = model, optimizer, every, first
-        self.nudge = nudge
+        self.model, self.optimizer, self.nudge = model, optimizer, nudge
+        self.every, self.first = every, first
         self.full = frozenset(full) | ({zoom} - {0})
-        self.path = path_of_rank(Path(path), *process())
+        self.given = Path(path)
+        self.path = path_of_rank(self.given, *process())
         self.steps = self.clock = self.recorded = 0
         self.operators = Operators(lambda: self.steps + 1 == zoom) if zoom else None
         self.unseen: dict[str, str] = {}  # what could not be read, and why
         self.failure = ""  # why the trace gave up
-        self.evaluation: dict[str, Any] = _no_evaluation()
+        self.evaluation: dict[str, Any] = no_evaluation()
         self.passes: list[dict] = []  # the forward passes since the last step
         self.backwards: list[dict] = []
         self.optimizers: list[Any] = []  # weak references, in the order of their first steps
@@ -123,7 +126,7 @@ class Trace:
             "buffers": self.layout.saved,
             "trainable": [n for n, p in self.layout.parameters.items() if p.requires_grad],
             "tied": self.layout.tied,
-            "environment": environment(next(iter(self.layout.parameters.values()))),
+            "environment": environment(next(iter(self.layout.parameters.values()), torch.empty(0))),
             "start": {name: seen(value) for name, value in self.layout.tensors.items()},
         }
 
@@ -149,6 +152,7 @@ class Trace:
             "weights": changed,
             "unseen": self.unseen,
         }
+        self.writer.path = self.path = path_of_rank(self.given, *process())
         self.failure = self.failure or self.writer.close(end)
         if self.failure:
             self.writer.give_up(f"{self.failure}; the training itself went on")
@@ -187,7 +191,7 @@ class Trace:
         record: dict[str, Any] = {
             "module": self.layout.name(module), "kind": kind, "begin": self.clock, "inputs": {},
             "outputs": {}, "layers": {}, "loss": {}, "moved": {}, "changed": {}, "unseen": [],
-            "mode": self.layout.mode(), "random": {}, "evaluation": _no_evaluation(), "values": {},
+            "mode": self.layout.mode(), "random": {}, "evaluation": no_evaluation(), "values": {},
             "loss values": {}, "samples": {},
         }  # fmt: skip
         self.passes.append(record)
@@ -202,7 +206,7 @@ class Trace:
             if self.is_full(self.steps + 1):
                 record["drew"], record["given"] = [], {}
                 self.state = record["random"]["torch"]
-            record["evaluation"], self.evaluation = self.evaluation, _no_evaluation()
+            record["evaluation"], self.evaluation = self.evaluation, no_evaluation()
         else:
             record["random"] = {"torch": torch_state()}
         return record
@@ -272,7 +276,7 @@ class Trace:
         calls = self.current.get("calls", {}).get(name, 0)
         parts = [bits(leaf) for leaf in leaves(args).values() if isinstance(leaf, Tensor)]
         if parts and not any(part[0] == "?" for part in parts):
-            self.current["given"][_call(name, calls + 1)] = digest("".join(parts).encode())
+            self.current["given"][call_name(name, calls + 1)] = digest("".join(parts).encode())
 
     def _layer(self, record: dict, module: nn.Module, output: Any) -> None:
         found = leaves(output)
@@ -283,7 +287,7 @@ class Trace:
         name = str(self.layout.name(module))
         calls = record.setdefault("calls", {})
         calls[name] = calls.get(name, 0) + 1
-        name = _call(name, calls[name])
+        name = call_name(name, calls[name])
         joined = next((p for p in parts if p[0] == "?"), "") or digest("".join(parts).encode())
         record["layers"][name] = parts[0] if len(parts) == 1 else joined
 
@@ -308,7 +312,8 @@ class Trace:
             else:
                 record["outputs"][path] = seen(leaf)
                 if leaf.requires_grad:
-                    leaf.register_hook(functools.partial(self.output_gradient, record, path))
+                    handle = leaf.register_hook(partial(self.output_gradient, record, path))
+                    self.gradients.handles += [handle] * leaf.is_leaf
                     values[path] = excerpt(leaf, self.limit(self.steps + 1))
         self.last = (None, 0, "")
 
@@ -372,7 +377,7 @@ class Trace:
     def _begin_step(self) -> None:
         self.idle = not self._is_due()  # the step that comes is not recorded
         self.passes, self.backwards = [], []
-        self.evaluation = _no_evaluation()
+        self.evaluation = no_evaluation()
 
     def _is_due(self) -> bool:
         """Tell whether the step that comes is recorded."""
@@ -389,12 +394,3 @@ class Trace:
     def _write(self, line: dict[str, Any]) -> None:
         if self.writer is not None and not self.failure:
             self.failure = self.writer.write(line)
-
-
-def _call(name: str, number: int) -> str:
-    """Return what a module is called in a pass that calls it several times."""
-    return f"{name} (call {number})" if number > 1 else name
-
-
-def _no_evaluation() -> dict[str, Any]:
-    return {"batches": 0, "mode": "", "moved": {}}

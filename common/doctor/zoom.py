@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from .fingerprints import bits, dense, shape
+from .fingerprints import array, bits, dense, shape
 from .messages import BadInput
 from .walk import leaves
 
@@ -69,7 +69,7 @@ def _line_of_user() -> str | None:
 def _kept(tensor: Tensor) -> dict[str, Any]:
     kept: dict[str, Any] = {"bits": bits(tensor), "shape": shape(tensor)}
     if tensor.numel() <= LARGEST and not tensor.is_complex():
-        values = dense(tensor).to(torch.float64).numpy()
+        values = array(dense(tensor).to(torch.float64))
         kept["values"] = base64.b64encode(values.tobytes()).decode()
     return kept
 
