@@ -95,7 +95,7 @@ def clipping_causes(a: Run, b: Run, index: int, x: Line, y: Line) -> list[Cause]
     missing = [set(step["between"].get("missing", ())) for step in (x, y)]
     if missing[0] and missing[0] == missing[1]:  # so it is with FSDP, whose hooks come earlier
         more = "in both runs the gradients at the step are others than those of this process's "
-        more += f"backward pass; {said}. Compare the traces of all ranks."
+        more += f"backward pass; {said}. The traces of the other ranks tell why."
         return [Cause("Other gradients came from the other processes", more,
                       "batch-size-and-devices")]  # fmt: skip
     for name, run, step, other in lines:

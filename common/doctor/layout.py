@@ -78,6 +78,12 @@ class Layout:
         return {name: min(names) for names in groups.values() for name in names
                 if name != min(names)}  # fmt: skip
 
+    def is_sharded(self) -> bool:
+        """Tell whether each process holds a part of the parameters, as with FSDP (1 and 2)."""
+        marks = "_fsdp_wrapped_module", "_flat_param"
+        return any(hasattr(p, "to_local") or any(mark in name for mark in marks)
+                   for name, p in self.parameters.items())  # fmt: skip
+
     def name(self, module: nn.Module) -> str | None:
         return self.names.get(id(module))
 

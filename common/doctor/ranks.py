@@ -54,7 +54,9 @@ def compare_ranks(a: Path | str, b: Path | str, nudged: Path | str | None = None
     """
     ours, theirs = of_ranks(a), of_ranks(b)
     if len(ours) != len(theirs):
-        raise BadInput(f"A has {len(ours)} processes and B {len(theirs)}; trace both with as many.")
+        raise BadInput(
+            f"A has traces of {len(ours)} processes, B of {len(theirs)}; trace both with as many."
+        )
     if len(ours) == 1:
         return compare(ours[0], theirs[0], nudged)
     remarks = []
@@ -66,5 +68,6 @@ def compare_ranks(a: Path | str, b: Path | str, nudged: Path | str | None = None
     order = [*STAGES, None]
     rank = min(range(len(found)), key=lambda n: (found[n].equal, found[n].step,
                                                  order.index(found[n].stage), n))  # fmt: skip
-    said = [f"{len(found)} processes; this is rank {rank}."]
+    where = "." if found[rank].equal else f"; this is rank {rank}."
+    said = [f"{len(found)} processes{where}"]
     return dataclasses.replace(found[rank], remarks=(*said, *remarks, *found[rank].remarks))

@@ -340,6 +340,9 @@ def load(path: Path | str, name: str) -> Run:
     """Read a trace; refuse one that holds no step."""
     run = Run(path, name)
     if not run.steps:
-        why = run.end["error"] or "no optimizer that holds its parameters made a step"
+        why = (
+            run.end["error"]
+            or "no optimizer that holds its parameters made a step, or a compiled one"
+        )
         raise BadInput(f"'{path}' holds no step ({why}); trace the code that trains.")
     return run

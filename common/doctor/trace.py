@@ -121,7 +121,7 @@ class Trace:
             "first": self.first,
             "rank": rank,
             "ranks": ranks,
-            "sharded": any(hasattr(p, "to_local") for p in self.layout.parameters.values()),
+            "sharded": self.layout.is_sharded(),
             "modules": self.layout.describe(),
             "buffers": self.layout.saved,
             "trainable": [n for n, p in self.layout.parameters.items() if p.requires_grad],
