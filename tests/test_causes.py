@@ -27,8 +27,8 @@ def loop(net, samples=lambda n: slice(16 * n, 16 * n + 16), given=lambda x: x, c
         if is_twice:  # as sharpness-aware minimization does, without moving the weights
             optimizer.zero_grad()
             F.cross_entropy(net(x), y.flip(0)).backward()
-        if clip:
-            nn.utils.clip_grad_norm_(clip(net), 0.01)
+        for part in clip(net) if clip else ():
+            nn.utils.clip_grad_norm_(part, 0.01)
         optimizer.step()
         for _ in range(moves):
             schedule.step()
@@ -48,8 +48,12 @@ CAUSES = {
         dict(samples=lambda n: ORDERS[0][16 * n :][:16]),
         "batch", "The samples are drawn with replacement in A"),
     "a part is clipped": (
-        dict(clip=lambda net: net[2].parameters()), dict(clip=lambda net: net.parameters()),
+        dict(clip=lambda net: [net[2].parameters()]), dict(clip=lambda net: [net.parameters()]),
         "clipping", "A part of the gradients alone is scaled or clipped in A"),
+    "parts are clipped one by one": (
+        dict(clip=lambda net: [net[0].parameters(), net[2].parameters()]),
+        dict(clip=lambda net: [net.parameters()]),
+        "clipping", "Each tensor's gradient is scaled or clipped by itself in A"),
     "a schedule that moves twice": (
         dict(moves=2), {}, "update", "The schedule moves 2 times as fast in A"),
     "two passes for a step": (

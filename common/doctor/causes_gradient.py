@@ -133,8 +133,9 @@ def clipping_causes(a: Run, b: Run, index: int, x: Line, y: Line) -> list[Cause]
                              "clipping")  # fmt: skip
                 causes.insert(0, part)
                 continue
-            causes.append(Cause(f"Each tensor's gradient is scaled or clipped by itself in {name}",
-                                each, "clipping"))  # fmt: skip
+            alone = Cause(f"Each tensor's gradient is scaled or clipped by itself in {name}", each,
+                          "clipping")  # fmt: skip
+            causes.insert(0 if both else len(causes), alone)  # it says more than another length
         else:
             turned = f"{name} changed direction and length of its gradients; {said}."
             what = (
