@@ -70,7 +70,6 @@ class Hooks:
                 _leave()
 
     def remove(self) -> None:
-        self.watch(False)
         with Hooks.lock:
             Hooks.opened.remove(self)
             if not Hooks.opened:

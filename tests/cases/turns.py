@@ -83,11 +83,7 @@ class TeacherOfEachBatch(Case):
     source = "Lightning-AI/pytorch-lightning#11688"
     mistake = "a teacher's average follows after each batch, where two batches make a step"
     stage, cause = "weights", "Weights were averaged, copied or loaded in B, between two forward"
-
-    def build(self):
-        net = Teacher()
-        net.teacher[0].weight.data += 0.1
-        return net
+    build = MovedTeacher.build
 
     def loop(self, net):
         optimizer = sgd(net)
