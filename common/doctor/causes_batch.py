@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,8 +19,7 @@ def batch_causes(
         return _other_shape(one, other, _sample(p), _sample(q))
     rows = [[r["rows"] for line in run.every_step() for r in _like(p, line)]
             for run in (a, b)]  # fmt: skip
-    here = sum(len(_like(p, a.step(n))) for n in range(index))
-    here += sum(r["begin"] < p["begin"] for r in _like(p, a.step(index)))
+    here = _before(a, index, p, lambda step: _like(p, step))
     mine, yours = p["rows"], q["rows"]
     if len(mine) != len(yours):
         return _other_passes(a, b, index, p) or _other_batch_size(rows, here, mine, yours)
@@ -40,6 +40,12 @@ def _like(p: Line, step: Line) -> list[Line]:
     return [r for r in training(step) if "rows" in r and r["module"] == p["module"]]
 
 
+def _before(run: Run, index: int, p: Line, passes: Callable[[Line], list[Line]]) -> int:
+    """Return how many of a run's passes of one kind came before `p`, which is in that step."""
+    earlier = sum(len(passes(run.step(n))) for n in range(index))
+    return earlier + sum(r["begin"] < p["begin"] for r in passes(run.step(index)))
+
+
 def _sample(record: Line, path: str = "") -> list[float]:
     """Return values of the first sample that an argument has; of the batch itself by default."""
     samples = record["samples"]
@@ -58,8 +64,7 @@ def argument_causes(a: Run, b: Run, index: int, p: Line, q: Line, path: str) -> 
             return [cause]
     every = [[bits(r["inputs"][path]) for line in run.every_step() for r in _given(p, line, path)]
              for run in (a, b)]  # fmt: skip
-    here = sum(len(_given(p, a.step(n), path)) for n in range(index))
-    here += sum(r["begin"] < p["begin"] for r in _given(p, a.step(index), path))
+    here = _before(a, index, p, lambda step: _given(p, step, path))
     for who, mine, yours in (("A", *every), ("B", *reversed(every))):
         if not here < min(len(mine), len(yours)):
             break
