@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import samebits.memory
 import torch
 import torch.nn.functional as F
 from helpers import count
@@ -159,14 +160,13 @@ def test_what_was_not_seen_is_said(tmp_path):
 
 
 def test_weights_that_were_not_seen_are_not_called_equal(tmp_path, monkeypatch):
-    import samebits.fingerprints as fingerprints
-
-    def dense(tensor, usual=fingerprints.dense):
+    def dense(tensor, usual=samebits.memory.dense):
         if tuple(tensor.shape) == (4, 2):
             raise RuntimeError("as asked")
         return usual(tensor)
 
-    monkeypatch.setattr(fingerprints, "dense", dense)
+    monkeypatch.setattr("samebits.fingerprints.dense", dense)
+    monkeypatch.setattr("samebits.snapshot.dense", dense)
     for side in "ab":
         with Trace(net := nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1)),
                    path=tmp_path / f"{side}.trace"):  # fmt: skip
@@ -207,8 +207,13 @@ def test_a_full_disk_ends_the_trace_alone(tmp_path, capsys):
 
 def test_an_error_in_a_hook_is_noted(tmp_path, monkeypatch):
     """Wherever it arises."""
-    hooks = {"before": "_begin_pass", "after": "_layer", "gradient": "_is_due",
-             "backward": "_is_due", "stepped": "is_full"}  # fmt: skip
+    hooks = {
+        "before": "Trace._begin_pass",
+        "after": "Trace._layer",
+        "gradient": "Gradients.add",
+        "backward": "float",
+        "stepped": "Trace.is_full",
+    }
     for name, inner in hooks.items():
 
         def fails(*args, **kwargs):
@@ -216,7 +221,7 @@ def test_an_error_in_a_hook_is_noted(tmp_path, monkeypatch):
 
         net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
         with monkeypatch.context() as patch, Trace(net, path=tmp_path / "it.trace"):
-            patch.setattr(Trace, inner, fails)
+            patch.setattr(f"samebits.trace.{inner}", fails, raising=inner != "float")
             plain(net, torch.ones(2, 3)).backward()
             torch.optim.SGD(net.parameters(), 0.1).step()
         end = json.loads(read(tmp_path / "it.trace")[-1])

@@ -14,9 +14,16 @@ from controls import trace
 from helpers import SIDES, Noisy, count, train
 from samebits import BadInput, Trace, callback, compare, fingerprint, read
 from samebits.files import FORMAT
-from samebits.fingerprints import Stage, by_digest, checksum, same
+from samebits.fingerprints import same
+from samebits.sketch import COLUMNS, hashes
+from samebits.snapshot import Snapshot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
 
 IMAGES, LABELS = torch.randn(12, 3, 32, 32), torch.arange(12) % 10
 
@@ -35,6 +42,12 @@ def steps(net, number=3, momentum=0.9, at=None, optimizer=None):
 def noisy():
     torch.manual_seed(0)
     return Noisy()
+
+
+def hashed(tensors):
+    snapshot = Snapshot()
+    snapshot.take(tensors)
+    return snapshot.bits()
 
 
 def lines(path):
@@ -58,10 +71,10 @@ def test_what_a_trace_records(tmp_path):
         steps(net, 2)
     head, first, second, end = lines(tmp_path / "it.trace")
     assert head["start"].keys() == start.keys() and len(end.pop("digest")) == 64
-    assert end == {"end": 2, "error": None, "weights": {}, "unseen": {}}
-    for name, value in start.items():
-        assert head["start"][name]["bits"] == fingerprint(value)["bits"]
-        assert second["weights"]["bits"][name] == fingerprint(net.state_dict()[name])["bits"]
+    digests = {name: fingerprint(value)["bits"] for name, value in net.state_dict().items()}
+    assert end == {"end": 2, "error": None, "weights": {}, "unseen": {}, "digests": digests}
+    assert {name: t["bits"] for name, t in head["start"].items()} == hashed(start)
+    assert second["weights"]["bits"] == hashed(net.state_dict())
     [batch] = first["passes"]
     assert batch["inputs"]["x"]["bits"] == fingerprint(IMAGES)["bits"] and len(batch["rows"]) == 12
     assert list(batch["layers"]) == [f"backbone.{n}" for n in range(5)] + ["backbone", "head"]
@@ -70,9 +83,9 @@ def test_what_a_trace_records(tmp_path):
     assert first["backwards"][0]["loss"] == [pytest.approx(2.3, abs=1)]
     assert first["groups"][0]["lr"] == 0.02 and first["groups"][0]["momentum"] == 0.9
     assert first["between"] == {} and first["fresh"] is None and first["optimizer"] == "SGD"
-    for name, parameter in net.named_parameters():
-        assert second["used"]["bits"][name] == checksum(parameter.grad)
-        assert f"{name}: momentum_buffer" in first["state"]
+    gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
+    assert second["used"]["bits"] == hashed(gradients)
+    assert all(f"{name}: momentum_buffer" in first["state"] for name in gradients)
     # The first step is in full, the others are digests and the numbers of all tensors together.
     assert first["used"]["full"].keys() == second["used"]["bits"].keys()
     assert "full" not in second["used"] and "state" not in second
@@ -99,23 +112,80 @@ def test_every_type_has_a_fingerprint(dtype):
     assert fingerprint(torch.zeros(()))["shape"] == [] and fingerprint(torch.zeros(0))["norm"] == 0
 
 
-def test_several_tensors_are_read_as_each_alone():
-    """Large ones do not fit into the table at once, and small ones share it."""
+def mixed():
     torch.manual_seed(0)
-    sizes = 3, 200_000, 0, 1024, 1025, 65_536, 1
-    tensors = {str(size): torch.randn(size) for size in sizes} | {
-        "sparse": torch.eye(3).to_sparse()
-    }
-    tensors["half"] = torch.randn(9, 7).bfloat16()
-    stage = Stage(by_digest)
-    for name, tensor in tensors.items():
-        assert stage.add(name, tensor) == fingerprint(tensor)["bits"]
-    line, alone = stage.line(), [fingerprint(tensor) for tensor in tensors.values()]
-    assert line["norms"] == pytest.approx([t["norm"] for t in alone], rel=1e-3)
-    assert line["norm"] == pytest.approx(math.hypot(*(t["norm"] for t in alone)), rel=1e-9)
+    tensors = {str(size): torch.randn(size) for size in (3, 300_000, 0, 1024, 1025, 65_536, 1)}
+    tensors |= {"sparse": torch.eye(3).to_sparse(), "complex": torch.randn(3) * 1j}
+    tensors |= {"half": torch.randn(9, 7).bfloat16(), "whole": torch.arange(5)}
+    tensors |= {"double": torch.randn(2000).double(), "yes": torch.tensor([True, False])}
+    tensors |= {"turned": torch.randn(40, 50).t(), "meta": torch.zeros(2, device="meta")}
+    tensors |= {"small": torch.full((2000,), 1e-25), "large": torch.full((2000,), 1e25)}
+    return tensors
+
+
+@pytest.mark.parametrize("within", [torch.no_grad, torch.inference_mode, autocast])
+def test_several_tensors_are_read_as_each_alone(within):
+    """Whatever their types are, and whatever surrounds the trace."""
+    tensors, snapshot = mixed(), Snapshot()
+    with within():
+        for _ in range(2):  # the second time in the memory of the first
+            snapshot.take(tensors)
+            line = snapshot.line()
+    alone = [fingerprint(tensor) for tensor in tensors.values()]
+    assert line["bits"] == {n: hashed({n: t})[n] for n, t in tensors.items()}
+    by_name = dict(zip(line["bits"], line["norms"], strict=True))
+    assert [by_name[n] for n in tensors] == pytest.approx([t["norm"] for t in alone], rel=1e-3)
+    assert line["norm"] == pytest.approx(math.hypot(*(t["norm"] for t in alone)), rel=1e-6)
     together = [sum(numbers) for numbers in zip(*(t["sketch"] for t in alone), strict=True)]
-    assert line["sketch"] == pytest.approx(together, rel=1e-7)
-    count("tensors in a stage", len(tensors))
+    assert line["sketch"] == pytest.approx(together, rel=1e-4)
+    some = snapshot.line(among=["half", "double"])
+    assert some["bits"] == line["bits"]
+    assert some["norms"] == [by_name[n] for n in line["bits"] if n in ("half", "double")]
+    count("tensors in a snapshot", len(tensors))
+
+
+def test_a_snapshot_tells_what_changed():
+    tensors, snapshot = mixed(), Snapshot()
+    snapshot.take(tensors)
+    for name, tensor in tensors.items():
+        assert snapshot.changed(tensors) == []
+        if tensor.is_meta or not tensor.numel():
+            continue
+        changed = ~tensor if tensor.dtype == torch.bool else tensor * 2
+        assert snapshot.changed(tensors | {name: changed}) == [name]
+    for other in (tensors["half"].view(7, 9), tensors["half"].view(torch.float16)):
+        assert snapshot.changed(tensors | {"half": other}) == ["half"]
+        assert hashed({"half": other}) != hashed({"half": tensors["half"]})
+
+
+def test_no_flipped_bit_and_no_exchanged_value_leaves_a_hash_as_it_was():
+    """Bits that are the highest of a word are those that a product could lose."""
+    torch.manual_seed(0)
+    values = torch.randn(3 * COLUMNS)
+    base, seen = hashed({"": values})[""], set()
+    flips = [(place, bit) for place in (0, 1, 2, 1023, 1024, 3071) for bit in range(32)]
+    for place, bit in flips:
+        other = values.view(torch.int32).clone()
+        other[place] ^= torch.tensor(1 << bit if bit < 31 else -(2**31), dtype=torch.int32)
+        seen.add(hashed({"": other.view(torch.float32)})[""])
+    for pair in ((0, 1), (1, 3), (0, 1024), (1, 2047)):  # the signs of two values
+        other = values.clone()
+        other[list(pair)] *= -1
+        seen.add(hashed({"": other})[""])
+        other = values.clone()
+        other[list(pair)] = values[list(reversed(pair))]
+        seen.add(hashed({"": other})[""])
+    others = (-values, values * 2, values.flip(0), values.view(3, -1), values.abs(), values + 1)
+    seen |= {hashed({"": x})[""] for x in others}
+    assert len(seen) == len(flips) + 8 + len(others) and base not in seen
+    for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32):
+        some = (values * 100).to(dtype)
+        every = [some, -some, some * 2, some.flip(0), some.abs(), some + 1]
+        assert len({hashed({"": x})[""] for x in every}) == len(every), dtype
+    rows = torch.randint(-(2**31), 2**31 - 1, (2, 1 << 14, COLUMNS // 8), dtype=torch.int32)
+    found = {int(h) for part in rows for h in hashes(part.view(torch.float32))}
+    assert len(found) == 1 << 15
+    count("bits flipped", len(flips))
 
 
 def test_the_same_is_the_same_bits():

@@ -84,20 +84,18 @@ def _remove(handles: list[Any]) -> None:
     handles.clear()
 
 
-def _listening() -> list[Any]:
-    return [hooks.trace for hooks in tuple(Hooks.opened) if hooks.is_wanted]
-
-
 def _before(module: Any, args: Any) -> None:
     if not torch.compiler.is_compiling():
-        for trace in _listening():
-            trace.before(module, args)
+        for hooks in tuple(Hooks.opened):
+            if hooks.is_wanted:
+                hooks.trace.before(module, args)
 
 
 def _after(module: Any, args: Any, kwargs: Any, output: Any = None) -> None:
     if not torch.compiler.is_compiling():
-        for trace in _listening():
-            trace.after(module, args, kwargs, output)
+        for hooks in tuple(Hooks.opened):
+            if hooks.is_wanted:
+                hooks.trace.after(module, args, kwargs, output)
 
 
 def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -126,8 +124,9 @@ def _leave() -> None:
 def _observed(tensors: Any, *args: Any, **kwargs: Any) -> None:
     if isinstance(tensors, Iterator):  # it gives its tensors once
         tensors = tuple(tensors)
-    for trace in _listening():
-        trace.backward([tensors] if isinstance(tensors, Tensor) else list(tensors))
+    for hooks in tuple(Hooks.opened):
+        if hooks.is_wanted:
+            hooks.trace.backward([tensors] if isinstance(tensors, Tensor) else list(tensors))
     return _usual(tensors, *args, **kwargs)
 
 

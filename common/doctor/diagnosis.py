@@ -15,7 +15,7 @@ from .files import Line
 from .messages import PAGES, SAMENESS, BadInput, printable
 from .remarks import environment, harmless, not_seen
 from .rounding import TIMES, measured
-from .run import Run, align, load, weights_before, weights_found
+from .run import Run, align, load, weights_found
 from .steps import first_in_step
 
 STAGES = {
@@ -183,11 +183,8 @@ def _steps(a: Run, b: Run) -> tuple[Found | None, int, list[str]]:
 
 def _end(a: Run, b: Run) -> Found | None:
     """Compare the weights after the last step."""
-    if not a.end["weights"] and not b.end["weights"]:
-        return None
-    last = [weights_before(run, len(run.steps)) for run in (a, b)]
-    ours, theirs = (bits | run.end["weights"] for bits, run in zip(last, (a, b), strict=True))
-    names = [n for n in differing(ours, theirs) if a.head["buffers"].get(n, True)]
+    names = differing(a.end["digests"], b.end["digests"])
+    names = [n for n in names if a.head["buffers"].get(n, True)]
     if not names:
         return None
     said = causes_step.changed_afterwards(a, b, names)

@@ -16,7 +16,7 @@ from .messages import DOCTOR, BadInput
 
 Line = dict[str, Any]
 
-FORMAT = 3  # raised when the content of a trace changes
+FORMAT = 4  # raised when the content of a trace changes
 LARGEST = 1 << 30  # characters of a trace that are read
 LONGEST = 1 << 27  # of one line
 CHUNK = 1 << 20
@@ -63,7 +63,7 @@ class Writer:
 
     def _part(self) -> gzip.GzipFile:
         # Without a name and a time in it: traces of the same content are the same file.
-        return gzip.GzipFile("", "wb", 5, self.raw, 0)
+        return gzip.GzipFile("", "wb", 4, self.raw, 0)
 
     def write(self, line: Line) -> str:
         """Write a line; return what went wrong."""

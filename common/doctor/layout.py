@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 
 class Layout:
@@ -77,6 +78,16 @@ class Layout:
                 groups.setdefault(id(tensor), []).append(name)
         return {name: min(names) for names in groups.values() for name in names
                 if name != min(names)}  # fmt: skip
+
+    def held_by(self, optimizer: Optimizer) -> set[str]:
+        """Return the names of the parameters that an optimizer holds."""
+        self.look()  # a module may have replaced some
+        ids = self.ids
+        return {ids[id(p)] for g in optimizer.param_groups for p in g["params"] if id(p) in ids}
+
+    def is_held_by(self, optimizer: Optimizer) -> bool:
+        """Tell whether an optimizer holds a parameter, without a look: fast, and nearly always."""
+        return any(id(p) in self.ids for g in optimizer.param_groups for p in g["params"])
 
     def is_sharded(self) -> bool:
         """Tell whether each process holds a part of the parameters, as with FSDP (1 and 2)."""

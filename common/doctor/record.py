@@ -12,81 +12,71 @@ from torch.optim import Optimizer
 
 from .fingerprints import (
     Line,
-    Stage,
-    array,
-    bits,
-    by_checksum,
-    by_digest,
-    dense,
     excerpt,
     same,
     seen,
     short,
 )
 from .layout import Layout, plain_value
+from .memory import array, dense
+from .snapshot import Snapshot
 
 
 class Weights:
-    """Copies and digests of all parameters and buffers, as they were when last looked at."""
+    """All parameters and buffers as they were when last looked at."""
 
     def __init__(self, layout: Layout) -> None:
-        self.copies: dict[str, Tensor] = {}
-        self.bits: dict[str, str] = {}
-        for name, value in layout.tensors.items():
-            self._keep(name, value)
+        self.parameters, self.buffers = Snapshot(), Snapshot()
+        self.parameters.take(layout.parameters)
+        self.buffers.take(layout.held)
 
-    def _keep(self, name: str, value: Tensor, known: str = "") -> str:
-        self.bits[name] = known or bits(value)
-        copy = self.copies.get(name)
-        try:
-            if copy is not None and copy.shape == value.shape and not copy.is_inference():
-                copy.copy_(value.detach())
-            else:
-                self.copies[name] = value.detach().clone()
-        except Exception:
-            self.copies.pop(name, None)
-        return self.bits[name]
+    def bits(self) -> dict[str, str]:
+        """Return the hashes of all that was seen at the last look."""
+        return self.parameters.bits() | self.buffers.bits()
 
-    def _is_kept(self, name: str, value: Tensor) -> bool:
-        if name not in self.copies:
-            return bits(value) == self.bits.get(name)
-        return same(value, self.copies[name])
+    def changed(self, layout: Layout, is_brief: bool = False) -> Line:
+        """Return the fingerprints of those that somebody changed since the last look.
 
-    def changed(self, tensors: dict[str, Tensor], is_brief: bool = False) -> Line:
-        """Return the fingerprints of those that somebody changed since, and keep them.
-
-        After steps that were not recorded all have changed: their digests are enough.
+        After steps that were not recorded all may have changed: their hashes are enough.
         """
-        found = {}
-        for name, value in tensors.items():
-            if not self._is_kept(name, value):
-                kept = self._keep(name, value)
-                found[name] = {"bits": kept} if is_brief else seen(value)
-        return found
+        parameters = layout.parameters
+        found = dict.fromkeys(parameters if is_brief else self.parameters.changed(parameters))
+        hashes = self.moved(layout)
+        if found:
+            self.parameters.take(parameters)
+            hashes |= self.parameters.bits()
+        found |= dict.fromkeys(n for n in hashes if n in layout.saved and n in layout.tensors)
+        if is_brief:
+            return {n: {"bits": hashes[n]} for n in found}
+        return {n: known_as(hashes[n], layout.tensors[n]) for n in found}
 
     def moved(self, layout: Layout) -> dict[str, str]:
-        """Return the digests of the buffers that a forward pass changed."""
-        return {
-            name: self._keep(name, value)
-            for name, value in layout.held.items()
-            if not self._is_kept(name, value)
-        }
+        """Return the hashes of the buffers that a forward pass changed."""
+        buffers = layout.held
+        names = self.buffers.changed(buffers)
+        if not names:
+            return {}
+        self.buffers.take(buffers)
+        hashes = self.buffers.bits()
+        return {name: hashes[name] for name in names}
 
-    def after(self, layout: Layout, names: list[str]) -> Line:
-        """Return digests of all weights after a step of the parameters `names`, and their norms."""
-        tensors, stage = layout.tensors, Stage(by_digest)
-        held = set(names)
-        for name in names:
-            self._keep(name, tensors[name], stage.add(name, tensors[name]))
-        for name, value in tensors.items():
-            if name not in held and not self._is_kept(name, value):
-                self._keep(name, value)
-        line = stage.line()
+    def after(self, layout: Layout, names: Collection[str]) -> Line:
+        """Return hashes of all weights after a step of the parameters `names`, and their norm."""
+        self.parameters.take(layout.parameters)
+        self.buffers.take(layout.held)
+        line = self.parameters.line(names)
+        hashes = line["bits"] | self.buffers.bits()
         return {
-            "bits": {name: self.bits[name] for name in tensors},
+            "bits": {name: hashes.get(name, "?") for name in layout.tensors},
             "norm": line["norm"],
             "sketch": line["sketch"],
         }
+
+
+def known_as(bits: str, tensor: Tensor) -> Line:
+    """Return the fingerprint of a tensor, with the hash that all weights have; or why not."""
+    line = seen(tensor)
+    return line | {"bits": bits} if "norm" in line else line
 
 
 class Gradients:
@@ -96,6 +86,9 @@ class Gradients:
         self.hooked: dict[int, Any] = {}
         self.handles: list[Any] = []  # of hooks on outputs that outlive a step
         self.fresh: dict[str, Tensor] = {}
+        self.used = Snapshot()
+        self.snapshot = Snapshot()
+        self.slots: dict[str, Tensor] = {}  # its memory, into which the next ones come
         self.waiting: dict[str, Tensor] = {}  # what came before a step that did not use it
         self.begin(())
 
@@ -136,7 +129,36 @@ class Gradients:
             return
         if before is not None and not is_empty:
             self.left[name] = before.detach().clone()
-        self.fresh[name] = gradient.clone()
+        slot = self.slots.get(name)
+        if slot is not None and name not in self.waiting and _is_room_for(gradient, slot):
+            self.fresh[name] = slot.copy_(gradient)
+        else:
+            self.fresh[name] = gradient.clone()
+
+    def line(self, gradients: dict[str, Tensor], is_full: bool) -> Line:
+        """Return what is written of a step's gradients, as they came."""
+        slots = [self.slots.get(name) for name in gradients]
+        if any(g is not slot for g, slot in zip(gradients.values(), slots, strict=True)) or (
+            len(slots) != len(self.slots)
+        ):
+            self.snapshot = Snapshot()
+            self.snapshot.take(gradients)
+            self.slots = self.snapshot.slots()
+        return _line(self.snapshot, gradients, is_full)
+
+
+def _line(snapshot: Snapshot, gradients: dict[str, Tensor], is_full: bool) -> Line:
+    line = snapshot.line()
+    if is_full:
+        line["full"] = {name: seen(tensor) for name, tensor in gradients.items()}
+    return line
+
+
+def _is_room_for(tensor: Tensor, copy: Tensor) -> bool:
+    """Tell whether a tensor can be copied into the memory of an earlier copy."""
+    is_alike = tensor.shape == copy.shape and tensor.dtype == copy.dtype
+    is_there = tensor.device == copy.device and tensor.layout == copy.layout
+    return is_alike and is_there and not copy.is_inference()
 
 
 def _is_zero(tensor: Tensor) -> bool:
@@ -158,26 +180,26 @@ def step_line(trace: Any, optimizer: Optimizer, is_full: bool) -> Line:
     used = {n: g.detach() for n, g in gradients.items() if g is not None}
     came = trace.gradients.waiting | trace.gradients.fresh
     fresh = {n: came[n] for n in held if n in came and (n in used or n in trace.gradients.fresh)}
-    unchanged, stage = used.keys() == fresh.keys(), Stage(by_checksum)
-    for name, gradient in used.items():  # both at once, while the processor's cache has it
-        unchanged = unchanged and same(gradient, fresh[name])
-        stage.add(name, gradient)
+    unchanged = used.keys() == fresh.keys() and all(same(used[n], fresh[n]) for n in used)
+    used_line, fresh_line = trace.gradients.line(fresh, is_full), None
     changes: Line = {}
     if not unchanged:
+        trace.gradients.used.take(used)
+        fresh_line, used_line = used_line, _line(trace.gradients.used, used, is_full)
         try:
             changes = between(fresh, used, trace.gradients.left)
             changes["cleared"] = sorted(trace.gradients.cleared & used.keys())[:20]
         except Exception as error:
             trace.note("gradients before the step", error)
-    numbers = trace.weights.after(layout, names)
+    numbers = trace.weights.after(layout, held)
     foreign = sum(id(p) not in ids for g in optimizer.param_groups for p in g["params"])
     line = {
         "step": trace.steps,
         "passes": [_finished(record, trace) for record in trace.passes],
         "backwards": trace.backwards,
         "evaluation": trace.evaluation,
-        "used": _written(stage, used, is_full),
-        "fresh": None if unchanged else _written(Stage(by_checksum), fresh, is_full),
+        "used": used_line,
+        "fresh": fresh_line,
         "between": changes,
         "optimizer": type(optimizer).__name__,
         "which": _number(trace.optimizers, optimizer),
@@ -195,17 +217,6 @@ def step_line(trace: Any, optimizer: Optimizer, is_full: bool) -> Line:
         line["state"] = _state(optimizer, layout)
     if trace.operators is not None and trace.operators.found:
         line["operators"], trace.operators.found = trace.operators.found, []
-    return line
-
-
-def _written(stage: Stage, gradients: dict[str, Tensor], is_full: bool) -> Line:
-    """Return what is written of gradients; checksums are enough, for the weights have digests."""
-    for name, tensor in gradients.items():
-        if name not in stage.bits:
-            stage.add(name, tensor)
-    line = stage.line()
-    if is_full:
-        line["full"] = {name: seen(tensor) for name, tensor in gradients.items()}
     return line
 
 

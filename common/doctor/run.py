@@ -63,7 +63,8 @@ class Run:
         head["trainable"] = [table[n] for n in head["trainable"] if n in table]
         self.described = {self.layers[n]: d for n, d in head["modules"].items()
                           if self.layers[n] is not None}  # fmt: skip
-        self.end["weights"] = self._keys(self.end["weights"])
+        for part in ("weights", "digests"):
+            self.end[part] = self._keys(self.end[part])
         self.step.cache_clear()
         held = [any(g["params"] for g in self.step(n)["groups"]) for n in range(len(self.steps))]
         self.steps = [line for line, is_held in zip(self.steps, held, strict=True) if is_held]

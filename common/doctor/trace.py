@@ -29,7 +29,7 @@ from .files import FORMAT, Writer, path_of_rank
 from .fingerprints import bits, checksum, digest, excerpt, is_batch, not_seen, rows, seen
 from .layout import Layout
 from .messages import BadInput
-from .record import Gradients, Weights, call_name, no_evaluation, step_line
+from .record import Gradients, Weights, call_name, known_as, no_evaluation, step_line
 from .rounding import nudge as nudge_weights
 from .walk import Unseen, leaves, positional
 from .zoom import Operators
@@ -80,6 +80,7 @@ class Trace:
         self.given = Path(path)
         self.path = path_of_rank(self.given, *process())
         self.steps = self.clock = self.recorded = 0
+        self.idle = False  # the step that comes is not recorded
         self.operators = Operators(lambda: self.steps + 1 == zoom) if zoom else None
         self.unseen: dict[str, str] = {}  # what could not be read, and why
         self.failure = ""  # why the trace gave up
@@ -89,7 +90,8 @@ class Trace:
         self.optimizers: list[Any] = []  # weak references, in the order of their first steps
         self.hooks: Hooks | None = None
         self.writer: Writer | None = None
-        self._begin_step()
+        self.gradients = Gradients()
+        self._begin_step(0)
 
     def __enter__(self) -> "Trace":
         self.writer = self.writer or Writer(self.path)
@@ -115,6 +117,7 @@ class Trace:
 
     def _head(self) -> dict[str, Any]:
         rank, ranks = process()
+        hashes = self.weights.bits()
         return {
             "trace": FORMAT,
             "every": self.every,
@@ -127,7 +130,7 @@ class Trace:
             "trainable": [n for n, p in self.layout.parameters.items() if p.requires_grad],
             "tied": self.layout.tied,
             "environment": environment(next(iter(self.layout.parameters.values()), torch.empty(0))),
-            "start": {name: seen(value) for name, value in self.layout.tensors.items()},
+            "start": {n: known_as(hashes[n], t) for n, t in self.layout.tensors.items()},
         }
 
     def __exit__(
@@ -140,9 +143,10 @@ class Trace:
         self.hooks.remove()
         self.hooks = None
         self.gradients.forget()
+        self.gradients = Gradients()  # it holds copies of all gradients
         try:
             self.layout.look()
-            changed = self.weights.changed(self.layout.tensors)
+            changed = self.weights.changed(self.layout)
         except Exception as problem:
             self.note("weights at the end", problem)
             changed = {}
@@ -150,6 +154,8 @@ class Trace:
             "end": self.steps,
             "error": None if kind is None else f"{kind.__name__}: {error}"[:200],
             "weights": changed,
+            # The hashes of two tensors may be the same by chance, these digests not.
+            "digests": {name: bits(value) for name, value in self.layout.tensors.items()},
             "unseen": self.unseen,
         }
         self.writer.path = self.path = path_of_rank(self.given, *process())
@@ -170,9 +176,10 @@ class Trace:
         module = self.layout.original(module)
         if self.stack:
             if self.layout.inner(module) is not None:
-                self._drew(self.stack[-1])
+                if self.is_detailed:
+                    self._drew(self.stack[-1])
+                    self._given(module, args)
                 self.stack.append(id(module))
-                self._given(module, args)
             return
         if not self.layout.carries(module):
             return
@@ -200,7 +207,7 @@ class Trace:
             self.layout.look()
             self.gradients.watch(self, self.layout.parameters)
             is_brief = self.steps > self.recorded
-            record["changed"] = self.weights.changed(self.layout.tensors, is_brief)
+            record["changed"] = self.weights.changed(self.layout, is_brief)
             record["random"] = random_states()
             record["threads"] = torch.get_num_threads()
             if self.is_full(self.steps + 1):
@@ -242,10 +249,11 @@ class Trace:
         record = self.current
         if record is None:
             return
-        self._drew(id(module))
+        if self.is_detailed:
+            self._drew(id(module))
         if self.stack:
-            is_read = self.is_full(self.steps + 1) or id(module) not in self.layout.plain
-            if record["kind"] in ("train", "recompute") and is_read:
+            is_read = self.is_detailed or id(module) not in self.layout.plain
+            if is_read and record["kind"] in ("train", "recompute"):
                 self._layer(record, module, output)
             return
         self.current = None
@@ -279,17 +287,19 @@ class Trace:
             self.current["given"][call_name(name, calls + 1)] = digest("".join(parts).encode())
 
     def _layer(self, record: dict, module: nn.Module, output: Any) -> None:
-        found = leaves(output)
+        found = [output] if type(output) is Tensor else leaves(output).values()
         parts = [self._checksum(x) if isinstance(x, Tensor) else "?" + type(output).__name__
-                 for x in found.values() if isinstance(x, Tensor | Unseen)]  # fmt: skip
+                 for x in found if isinstance(x, Tensor | Unseen)]  # fmt: skip
         if not parts:
             return  # it failed, or a recomputation had all that it needed
         name = str(self.layout.name(module))
         calls = record.setdefault("calls", {})
         calls[name] = calls.get(name, 0) + 1
         name = call_name(name, calls[name])
-        joined = next((p for p in parts if p[0] == "?"), "") or digest("".join(parts).encode())
-        record["layers"][name] = parts[0] if len(parts) == 1 else joined
+        if len(parts) > 1:
+            unseen = next((p for p in parts if p[0] == "?"), "")
+            parts = [unseen or digest("".join(parts).encode())]
+        record["layers"][name] = parts[0]
 
     def _checksum(self, tensor: Tensor) -> str:
         """Return that of a tensor; a container gives what its last part gave: it is read once."""
@@ -349,40 +359,33 @@ class Trace:
         """After an optimizer's step: the gradients that it used are still there."""
         if optimizer is not (self.optimizer or optimizer):
             return
-        is_due = not self.idle
-        held = self._held(optimizer, look=is_due) or self._held(optimizer, look=True)
+        if self.idle:
+            if self.layout.is_held_by(optimizer) or self.layout.held_by(optimizer):
+                self._begin_step(self.steps + 1)
+            return
+        held = self.layout.held_by(optimizer)
         if not held:
             return
-        self.steps += 1
+        self.steps = self.recorded = self.steps + 1
         self.stack, self.current = [], None
         try:
-            if is_due:
-                self.recorded = self.steps
-                self._write(step_line(self, optimizer, self.is_full(self.steps)))
+            self._write(step_line(self, optimizer, self.is_full(self.steps)))
         finally:
-            self._begin_step()
             self.gradients.begin(held)
-            if self.idle:
-                self.gradients.unhook()
-            if self.hooks is not None:
-                self.hooks.watch(not self.idle)
+            self._begin_step(self.steps)
 
-    def _held(self, optimizer: Optimizer, look: bool) -> set[str]:
-        """Return the names of the network's parameters that an optimizer holds."""
-        if look:  # a module may have replaced some
-            self.layout.look()
-        ids = self.layout.ids
-        return {ids[id(p)] for g in optimizer.param_groups for p in g["params"] if id(p) in ids}
-
-    def _begin_step(self) -> None:
-        self.idle = not self._is_due()  # the step that comes is not recorded
+    def _begin_step(self, steps: int) -> None:
+        """Begin anew, after that many steps."""
+        self.steps = steps
         self.passes, self.backwards = [], []
         self.evaluation = no_evaluation()
-
-    def _is_due(self) -> bool:
-        """Tell whether the step that comes is recorded."""
-        later = self.steps + 1 - self.first
-        return later >= 0 and later % self.every == 0
+        later = steps + 1 - self.first
+        self.idle = later < 0 or later % self.every != 0
+        self.is_detailed = self.is_full(steps + 1)
+        if self.hooks is not None:
+            self.hooks.watch(not self.idle)
+        if self.idle:
+            self.gradients.forget()
 
     def is_full(self, step: int) -> bool:
         """Tell whether a step is written in full: the first one, and those that were asked for."""
