@@ -19,7 +19,8 @@ from torch import nn
 pytest_plugins = "pytester"
 
 
-def make(path, rate=0.1, steps=3, build=None, change=None, **more):
+def make(path, rate=0.1, steps=3, build=None, change=None, rank=0, first_sample=None, **more):
+    """Train a little; another rank has other samples, which make the same gradients."""
     torch.manual_seed(0)
     net = (build or (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))))()
     with Trace(net, path=path, **more):
@@ -28,7 +29,12 @@ def make(path, rate=0.1, steps=3, build=None, change=None, **more):
             if change:
                 change(net, optimizer, i)
             optimizer.zero_grad()
-            nn.functional.cross_entropy(net(torch.ones(4, 3) * i), torch.arange(4) % 2).backward()
+            samples = torch.cat(
+                [torch.ones(4, 2) * i, torch.full((4, 1), -0.0 if rank else 0.0)], 1
+            )
+            if first_sample is not None:
+                samples[0] = first_sample
+            nn.functional.cross_entropy(net(samples), torch.arange(4) % 2).backward()
             optimizer.step()
     return path
 
@@ -118,11 +124,11 @@ def test_ranks_of_a_run(tmp_path, capsys):
     """As several processes write them: here one after the other."""
     a, b = str(tmp_path / "a.trace"), str(tmp_path / "b.trace")
     for rank in (0, 1):
-        make(tmp_path / f"a.rank{rank}.trace")
-        make(tmp_path / f"b.rank{rank}.trace")
+        make(tmp_path / f"a.rank{rank}.trace", rank=rank)
+        make(tmp_path / f"b.rank{rank}.trace", rank=rank)
     assert main([a, b]) == 0 and "2 processes" in capsys.readouterr().out
     assert main(["check", a]) == 0
-    make(tmp_path / "b.rank1.trace", rate=0.2)
+    make(tmp_path / "b.rank1.trace", rate=0.2, rank=1)
     assert main([a, b]) == 1
     said = capsys.readouterr().out
     assert "this is rank 1" in said and "Within B: Replicas drift apart" in said
@@ -130,6 +136,33 @@ def test_ranks_of_a_run(tmp_path, capsys):
     (tmp_path / "b.rank0.trace").unlink()
     with pytest.raises(samebits.BadInput, match="no trace of rank 0"):
         main([a, b])
+
+
+def test_all_ranks_get_the_same_samples(tmp_path, capsys):
+    """As where a DistributedSampler is missing: the run is valid, and each process learns alike."""
+    a, b = str(tmp_path / "a.trace"), str(tmp_path / "b.trace")
+    for rank in (0, 1):
+        make(tmp_path / f"a.rank{rank}.trace", rank=rank)
+        make(tmp_path / f"b.rank{rank}.trace")
+    assert main(["check", b]) == 1 and main([a, b]) == 0
+    said = capsys.readouterr().out
+    assert said.count("All processes get the same samples: a DistributedSampler is missing") == 2
+    assert "is missing, in B?" in said
+    # Where another batch is what differs first, it is the first cause.
+    for rank in (0, 1):
+        make(tmp_path / f"a.rank{rank}.trace", rank=rank, first_sample=rank + 1.0)
+    assert main([b, a]) == 1
+    said = capsys.readouterr().out
+    assert "1. All processes get the same samples" in said and "in A, in each of the first" in said
+
+
+def test_what_is_wrong_in_one_rank_alone_is_said(tmp_path, capsys):
+    for rank in (0, 1):
+        make(tmp_path / f"it.rank{rank}.trace", rank=rank,
+             change=(lambda net, *_: net.eval()) if rank else None)  # fmt: skip
+    assert main(["check", str(tmp_path / "it.trace")]) == 1
+    said = capsys.readouterr().out
+    assert "model.train() is missing" in said and "in rank 1: all 4 modules" in said
 
 
 TWO = """
@@ -150,10 +183,10 @@ optimizer = torch.optim.SGD(net.parameters(), 0.1)
 with Trace(net, path=path):
     for i in range(3):
         labels = torch.arange(4) % 2
-        if change and i == 1 and rank == "1":
+        if change == "labels" and i == 1 and rank == "1":
             labels = 1 - labels
         optimizer.zero_grad()
-        images = torch.arange(12.).reshape(4, 3) / 10 + int(rank) + i
+        images = torch.arange(12.).reshape(4, 3) / 10 + int(rank) * (change != "samples") + i
         torch.nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
 dist.destroy_process_group()
@@ -191,6 +224,17 @@ def test_what_one_process_got_is_found_there(kind, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "from step 2 on, first in the loss" in said and "this is rank 1" in said
     assert "1. Other targets (labels)" in said
+
+
+@pytest.mark.slow
+def test_processes_without_a_sampler(tmp_path, capsys):
+    a, b = tmp_path / "a.trace", tmp_path / "b.trace"
+    in_two(tmp_path, a, "ddp")
+    in_two(tmp_path, b, "ddp", "samples")
+    assert main(["check", str(a)]) == 0 and main(["check", str(b)]) == 1
+    assert main([str(a), str(b)]) == 1
+    said = capsys.readouterr().out
+    assert "1. All processes get the same samples" in said and "in B, in each of the first" in said
 
 
 # Where exactly.

@@ -58,13 +58,9 @@ def _check(argv: list[str]) -> int:
     parser.add_argument("run", metavar="RUN.trace", help="a trace, made by samebits.Trace")
     parser.add_argument("--json", action="store_true", help="print it for machines")
     arguments = parser.parse_args(argv)
-    from .alone import check
-    from .ranks import drift, of_ranks
+    from .ranks import check_ranks
 
-    paths = of_ranks(arguments.run)
-    causes = check(paths[0])
-    if len(paths) > 1 and (cause := drift(paths)):
-        causes.append(cause)
+    causes = check_ranks(arguments.run)
     if arguments.json:
         print(json.dumps([vars(cause) for cause in causes], indent=2))
         return 1 if causes else 0

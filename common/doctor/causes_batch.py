@@ -73,11 +73,8 @@ def argument_causes(a: Run, b: Run, index: int, p: Line, q: Line, path: str) -> 
             said += f"other run's is a new one; {here} were equal before."
             name = f"{path} begins again in {who}: an epoch has another number of batches, as "
             return [Cause(f"{name}where several loaders are joined", said, "steps")]
-    for shift in (1, -1, 2, -2):
-        there = slice(max(here + shift, 0), here + shift + 2)
-        if every[1][there] and every[0][here : here + 2] == every[1][there]:
-            said = f"A's {path} of batch {here + 1} is B's of batch {here + 1 + shift}."
-            return [Cause("A batch was left out, or taken twice, on one side", said, "steps")]
+    if cause := _ahead(every[0], every[1], here):
+        return [cause]
     said = f"all arguments before {path} are equal."
     return [Cause(f"Another value of the argument {path}", said)]
 
@@ -88,10 +85,16 @@ def _given(p: Line, step: Line, path: str) -> list[Line]:
 
 
 def _shifted(one: Line, ours: list[float], theirs: list[float]) -> Cause | None:
-    for first, second, who in ((ours, theirs, "B"), (theirs, ours, "A")):
-        if len(one["shape"]) == 2 and len(set(first)) > 3 and first[1:] == second[:-1]:
-            said = f"of the first sample, {who}'s values are those of the other from the second on."
-            return Cause(f"The sequences are shifted by one in {who}", said)
+    for by in range(1, len(ours) // 2 + 1):
+        for first, second, who in ((ours, theirs, "B"), (theirs, ours, "A")):
+            part = first[by:]
+            if len(one["shape"]) == 2 and len(set(part)) > 3 and part == second[:-by]:
+                said = f"of the first sample, {who}'s values are those of the other from number "
+                said += f"{by + 1} on."
+                many = "one" if by == 1 else str(by)
+                return Cause(
+                    f"The sequences are shifted by {many} in {who}, or cut elsewhere", said
+                )
     return None
 
 
@@ -146,12 +149,8 @@ def _other_order(
             said = f"{name}'s batch is that of its batch {run.index(own) + 1} again."
             return [Cause(f"set_epoch is missing in {name}: every epoch has the same order", said,
                           "set-epoch")]  # fmt: skip
-    for shift in (1, 2, 3, -1, -2, -3):
-        there = slice(max(here + shift, 0), here + shift + 2)
-        if rows[1][there] and rows[0][here : here + 2] == rows[1][there]:
-            ahead = "A is ahead" if shift > 0 else "B is ahead"
-            said = f"{ahead} by {abs(shift)}: A's batch {here + 1} is B's {here + 1 + shift}."
-            return [Cause("A batch was left out, or taken twice, on one side", said, "steps")]
+    if cause := _ahead(rows[0], rows[1], here):
+        return [cause]
     again = [_again(run) for run in rows]
     for who, its, other in (("A", again[0], again[1]), ("B", again[1], again[0])):
         if said := _replaced(its, other):
@@ -168,6 +167,17 @@ def _other_order(
     validation = Cause("A validation, or something else, drew random numbers on one side", said,
                        "validation-and-order")  # fmt: skip
     return [validation, seed]
+
+
+def _ahead(ours: list, theirs: list, here: int) -> Cause | None:
+    """Look whether two batches from `here` on are those of the other run some batches away."""
+    for shift in (1, 2, 3, -1, -2, -3):
+        there = slice(max(here + shift, 0), here + shift + 2)
+        if theirs[there] and ours[here : here + 2] == theirs[there]:
+            ahead = "A is ahead" if shift > 0 else "B is ahead"
+            said = f"{ahead} by {abs(shift)}: A's batch {here + 1} is B's {here + 1 + shift}."
+            return Cause("A batch was left out, or taken twice, on one side", said, "steps")
+    return None
 
 
 def _again(batches: list[list[str]]) -> list[bool]:
@@ -237,6 +247,13 @@ def _other_values(
         said = f"{equal} of {len(mine)} samples are equal."
         return [Cause("Some samples are changed on one side, as by an augmentation", said,
                       "augmentation")]  # fmt: skip
+    states = [record["random"].get("torch") for record in (p, q)]
+    if not common and states[0] != states[1]:
+        said = "no sample of the batch comes anywhere in the other run, and the state of torch's "
+        said += "generator differs: so it is where a batch is made with random numbers."
+        return [Cause("Random numbers from another state, in the batch: noise, a crop, a sampled "
+                      "time", said, "validation-and-order"),
+                Cause("Other samples: another split or data set", said, "split")]  # fmt: skip
     said = f"{common} of {len(mine)} samples of a batch come anywhere in the other run."
     return [Cause("Other samples: another split or data set, or an augmentation", said, "split")]
 

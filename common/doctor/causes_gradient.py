@@ -91,7 +91,7 @@ def clipping_causes(a: Run, b: Run, index: int, x: Line, y: Line) -> list[Cause]
     said = f"the norm of all gradients at the step is {norms[0]:.4g} in A, {norms[1]:.4g} in B"
     causes: list[Cause] = []
     lines = (("A", a, x, y), ("B", b, y, x))
-    both = all(step["between"] for step in (x, y))
+    both = all(step["between"].get("cosine", 0) > 0.999999 for step in (x, y))
     missing = [set(step["between"].get("missing", ())) for step in (x, y)]
     if missing[0] and missing[0] == missing[1]:  # so it is with FSDP, whose hooks come earlier
         more = "in both runs the gradients at the step are others than those of this process's "
@@ -133,9 +133,14 @@ def clipping_causes(a: Run, b: Run, index: int, x: Line, y: Line) -> list[Cause]
                              "clipping")  # fmt: skip
                 causes.insert(0, part)
                 continue
-            alone = Cause(f"Each tensor's gradient is scaled or clipped by itself in {name}", each,
-                          "clipping")  # fmt: skip
-            causes.insert(0 if both else len(causes), alone)  # it says more than another length
+            parts = between["lengths"]
+            what = "Each tensor's gradient is"
+            if 1 < parts < len(step["used"]["bits"]):
+                what = f"The gradients of {parts} parts of the network are each"
+                each = f"there are {parts} factors; {each}"
+            alone = Cause(f"{what} scaled or clipped by itself in {name}", each, "clipping")
+            # It says more than another length.
+            causes.insert(0 if all(s["between"] for s in (x, y)) else len(causes), alone)
         else:
             turned = f"{name} changed direction and length of its gradients; {said}."
             what = (

@@ -154,6 +154,10 @@ def output_causes(
         causes.append(noise)
     said = f"batch and weights are equal; {what} is the first whose output differs."
     name = "Another computation in the network"
+    if what.startswith("output") and p["layers"] and p["layers"].keys() == q["layers"].keys():
+        name += ", after its layers"
+        said = f"batch and weights are equal, and so is what each layer gave; {what.strip()} is "
+        said += "made of it otherwise, or of a buffer."
     given = p.get("given", {}).get(what), q.get("given", {}).get(what)
     if None not in given and given[0] != given[1]:
         name += f", before {what}"

@@ -73,7 +73,10 @@ def _settings(a: Run, b: Run, index: int, x: Line, y: Line, names: list[str]) ->
                 said += f" A has groups of {counts[0]} parameters, B of {counts[1]}."
                 cause = Cause("Other groups of parameters", said, "parameter-groups")
                 return Found("update", "the parameter groups", [cause])
-            if key == "lr":
+            if key == "lr" and (groups := _exchanged(ours, theirs, names)):
+                said = f"{said} {groups}"
+                causes = [Cause("Other groups of parameters", said, "parameter-groups")]
+            elif key == "lr":
                 causes = _rate_causes(a, b, index, x, said)
             elif key == "weight_decay":
                 causes = [Cause("Another weight decay", said, "weight-decay")]
@@ -81,6 +84,20 @@ def _settings(a: Run, b: Run, index: int, x: Line, y: Line, names: list[str]) ->
                 causes = [Cause(f"Another setting of the optimizer: {key}", said, "optimizer")]
             return Found("update", f"{key} of {name}", causes)
     return None
+
+
+def _exchanged(ours: dict[str, Line], theirs: dict[str, Line], names: list[str]) -> str:
+    """Say that both runs have the same learning rates, for other parameters."""
+    both = [n for n in names if n in ours and n in theirs]
+    rates = [{n: groups[n]["lr"] for n in both} for groups in (ours, theirs)]
+    if set(rates[0].values()) != set(rates[1].values()) or len(set(rates[0].values())) < 2:
+        return ""
+    unlike = [n for n in both if rates[0][n] != rates[1][n]]
+    other = next((n for n in unlike if rates[0][n] != rates[0][unlike[0]]), None)
+    if other is None:
+        return ""  # one group's rate is now that of another
+    return (f"{other} has {_number(rates[0][other])} in A, {_number(rates[1][other])} in B: the "
+            "same rates, for other parameters.")  # fmt: skip
 
 
 def _number(value: object) -> object:
@@ -192,8 +209,10 @@ def update_causes(
     return [Cause("Another formula of the step, or weights changed within it", said, "optimizer")]
 
 
-def within(a: Run, x: Line, y: Line, p: Line, q: Line) -> Found | None:
-    """Compare the weights that a later pass of a step found: its optimizer has a closure."""
+def within(
+    a: Run, b: Run, index: int, x: Line, y: Line, p: Line, q: Line
+) -> Found | None:  # fmt: skip
+    """Compare the weights that a later pass of a step found, as with a closure, or with SAM."""
     moved = [{n: t for n, t in record["changed"].items() if n not in a.head["buffers"]}
              for record in (p, q)]  # fmt: skip
     names = differing(*moved) or sorted(moved[0].keys() ^ moved[1].keys())
@@ -206,7 +225,7 @@ def within(a: Run, x: Line, y: Line, p: Line, q: Line) -> Found | None:
         cause = Cause(f"{OUTSIDE} in {who}, between two forward passes of one step", said)
         return Found("weights", names[0], [cause], len(names) - 1)
     said = f"in step {x['step']:,} a forward pass found other weights than that of the other run: "
-    said += "the optimizer's closure is called more than once, and the passes before were equal."
+    said += "a step has several passes (a closure, or SAM), and those before were equal."
     cleared = [bool(step["between"].get("cleared")) for step in (x, y)]
     if cleared[0] != cleared[1]:
         who, other = ("B", "A") if cleared[0] else ("A", "B")
@@ -214,8 +233,10 @@ def within(a: Run, x: Line, y: Line, p: Line, q: Line) -> Found | None:
         cause = Cause(f"Left-over gradients: zero_grad is missing in {who}, in the closure", said,
                       "zero-grad")  # fmt: skip
         return Found("clipping", names[0], [cause], len(names) - 1)
-    return Found("update", names[0], [Cause("Another step within the closure", said, "optimizer")],
-                 len(names) - 1)  # fmt: skip
+    if found := _settings(a, b, index, x, y, names):
+        return found
+    cause = Cause("Another change of the weights between two passes of a step", said, "optimizer")
+    return Found("update", names[0], [cause], len(names) - 1)
 
 
 def _made_anew(run: Run, index: int) -> str:

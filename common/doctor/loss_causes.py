@@ -55,7 +55,11 @@ def loss_causes(
     rounding = all(is_rounding(size(p["loss"][s], q["loss"][s]), p["loss"][s], q["loss"][s])
                    for s in unlike)  # fmt: skip
     counts = len(x["backwards"]), len(y["backwards"])
-    if rounding:
+    types = [sorted({t for back in step["backwards"] for t in back["types"]}) for step in (x, y)]
+    if types[0] != types[1] and counts[0] == counts[1]:
+        said = f"it is {' and '.join(types[0])} in A, {' and '.join(types[1])} in B."
+        causes = [Cause("The loss is computed in another type of number", said, "precision")]
+    elif rounding:
         causes = rounding_causes(a, b, p, q)
         if counts[0] != counts[1]:
             said = f"A made {counts[0]} backward passes, B {counts[1]}; their sum is the same."
@@ -63,7 +67,7 @@ def loss_causes(
     else:
         equal = [s for s in both if s not in unlike]
         causes = _causes(p, q, unlike, equal, ours, theirs)
-        said = _values(x, y)
+        said = _values(x, y) + _passes_before(p, q) * (causes[0].name == UNKNOWN)
         if same_losses(x, y):
             where = f"{p['module'] or 'the network'}'s {shown(unlike[0]).removeprefix('the ')}"
             more = f"the gradient at {where} differs; the loss that it comes from does not."
@@ -83,6 +87,13 @@ def _values(x: Line, y: Line) -> str:
             return ""
         sums.append(" + ".join(f"{v:.6g}" for v in values[:3]) + (" ..." if values[3:] else ""))
     return f" The loss is {sums[0]} in A, {sums[1]} in B."
+
+
+def _passes_before(p: Line, q: Line) -> str:
+    """Say that one run alone made forward passes without gradients, as for targets of a loss."""
+    one, other = (record["evaluation"]["batches"] for record in (p, q))
+    said = f" Before, A made {one} forward passes without gradients, B {other}."
+    return said if one != other else ""
 
 
 def _other_outputs(x: Line, y: Line, p: Line, q: Line) -> Found:

@@ -3,11 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+from .alone import check
 from .diagnosis import STAGES, Diagnosis, compare
 from .evidence import Cause, differing
 from .messages import BadInput
-from .run import load
+from .run import load, training
 
+ALL_THE_SAME = "All processes get the same samples: a DistributedSampler is missing"
+ALIKE = "in each of the first steps, the samples of rank 0 are those of every rank."
 DRIFT = "Replicas drift apart: the processes do not average the same gradients"
 
 
@@ -47,6 +50,37 @@ def drift(paths: list[Path]) -> Cause | None:
     return None
 
 
+def same_batches(paths: list[Path]) -> bool:
+    """Tell whether all processes get the same samples, each step; not where weights are spread.
+
+    There it may be right: in tensor parallelism, all processes work on one batch.
+    """
+    runs = [load(path, "a rank") for path in paths]
+    if len(runs) < 2 or any(run.head.get("sharded") for run in runs):
+        return False
+    count = min(4, *(len(run.steps) for run in runs))
+    batches = [[record.get("rows") for n in range(count) for record in training(run.step(n))]
+               for run in runs]  # fmt: skip
+    return batches[0] != [] and None not in batches[0] and all(b == batches[0] for b in batches)
+
+
+def check_ranks(path: Path | str) -> list[Cause]:
+    """Return what is wrong with a run of one or of several processes; see `check`."""
+    paths = of_ranks(path)
+    causes = check(paths[0])
+    known = {cause.name for cause in causes}
+    for rank, other in enumerate(paths[1:], start=1):
+        for cause in check(other):
+            if cause.name not in known:
+                known.add(cause.name)
+                causes.append(Cause(cause.name, f"in rank {rank}: {cause.evidence}", cause.page))
+    if len(paths) > 1 and (apart := drift(paths)):
+        causes.append(apart)
+    if same_batches(paths):
+        causes.append(Cause(ALL_THE_SAME, ALIKE, "batch-size-and-devices"))
+    return causes
+
+
 def compare_ranks(a: Path | str, b: Path | str, nudged: Path | str | None = None) -> Diagnosis:
     """Compare two runs: within each, rank against rank; then each rank with the other run's.
 
@@ -64,10 +98,18 @@ def compare_ranks(a: Path | str, b: Path | str, nudged: Path | str | None = None
         if cause := drift(paths):
             remarks.append(f"Within {name}: {cause.name}: {cause.evidence}")
     found = [compare(x, y) for x, y in zip(ours, theirs, strict=True)]
+    alike = [same_batches(paths) for paths in (ours, theirs)]
     # What one rank got, all others see in their averaged gradients, which is later in a step.
     order = [*STAGES, None]
     rank = min(range(len(found)), key=lambda n: (found[n].equal, found[n].step,
                                                  order.index(found[n].stage), n))  # fmt: skip
     where = "." if found[rank].equal else f"; this is rank {rank}."
     said = [f"{len(found)} processes{where}"]
-    return dataclasses.replace(found[rank], remarks=(*said, *remarks, *found[rank].remarks))
+    causes = found[rank].causes
+    if found[rank].stage == "batch" and alike[0] != alike[1]:
+        which = f"in {'A' if alike[0] else 'B'}, {ALIKE}"
+        causes = (Cause(ALL_THE_SAME, which, "batch-size-and-devices"), *causes)
+    elif any(alike):
+        remarks.append(f"{ALL_THE_SAME}, in {'A and B' if all(alike) else 'AB'[alike[1]]}?")
+    return dataclasses.replace(found[rank], causes=causes,
+                               remarks=(*said, *remarks, *found[rank].remarks))  # fmt: skip

@@ -273,9 +273,9 @@ def between(fresh: dict[str, Tensor], used: dict[str, Tensor], left: dict[str, T
 
     `cosine` is that of the angle between both (1: only their length changed), `ratio` and `norm`
     that of their lengths and the length at the step; `apart` the smallest and largest ratio of one
-    tensor, `cut` how many values are at most as large as the largest at the step, and were larger,
-    and `tied` how many have that largest magnitude. `left` is how much of what was there before the
-    backward passes is in the difference: 1 is all of it.
+    tensor, `lengths` how many different ones there are, `cut` how many values are at most as large
+    as the largest at the step, and were larger, and `tied` how many have that largest magnitude.
+    `left` is how much of what was there before the backward passes is in the difference: 1 is all.
     """
     names = [name for name in used if name in fresh]
     if not names:
@@ -294,6 +294,7 @@ def between(fresh: dict[str, Tensor], used: dict[str, Tensor], left: dict[str, T
         "ratio": short(norms[0] / norms[1]) if norms[1] else 0.0,
         "norm": short(norms[0]),
         "apart": [short(min(ratios, default=1.0)), short(max(ratios, default=1.0))],
+        "lengths": len({f"{ratio:.5g}" for ratio in ratios}),
         "turned": short(min(turned, default=1.0)),
         "cut": int((np.abs(theirs) > largest).sum()),
         "tied": int((np.abs(ours) == largest).sum()),

@@ -106,7 +106,7 @@ def _passes(
                 done.add(place)
                 p, q = ours[place], theirs[place]
                 if place and _is_untrained(a, x, y, p, q):
-                    return causes_step.within(a, x, y, p, q)
+                    return causes_step.within(a, b, index, x, y, p, q)
                 if one := _forward(a, b, index, x, y, p, q):
                     return one
         if is_loss and is_early:
@@ -217,7 +217,7 @@ def _forward(a: Run, b: Run, index: int, x: Line, y: Line, p: Line, q: Line) -> 
         return found
     if any(p["modes"][n] != q["modes"].get(n, p["modes"][n]) for n in p["modes"]):
         return causes_network.other_mode(p, q)
-    if p is not x["passes"][0] and (found := causes_step.within(a, x, y, p, q)):
+    if p is not x["passes"][0] and (found := causes_step.within(a, b, index, x, y, p, q)):
         return found
     if not gave and not layers:
         return None  # averages that had other ones before them: that is found elsewhere

@@ -334,7 +334,8 @@ class Trace:
         """Before `loss.backward()`."""
         self.clock += 1
         values = [float(x.detach()) if x.numel() == 1 else None for x in losses]
-        self.backwards.append({"at": self.clock, "loss": values})
+        types = [str(x.dtype).removeprefix("torch.") for x in losses]
+        self.backwards.append({"at": self.clock, "loss": values, "types": types})
 
     @bystander
     def output_gradient(self, record: dict, path: str, gradient: Tensor) -> None:
