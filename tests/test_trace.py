@@ -202,6 +202,34 @@ def test_the_same_is_the_same_bits():
         assert not same(one, other)
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_gradients_are_those_of_the_step_whatever_the_steps_before_were(every, tmp_path):
+    """They come into the memory of a step before; two optimizers take turns, and one part waits."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"g": nn.Linear(4, 4), "d": nn.Linear(4, 1)})
+    optimizers = [torch.optim.SGD(net[part].parameters(), 0.1) for part in "gd"]
+    seen, came = [], {}
+    for name, parameter in net.named_parameters():
+        parameter.register_hook(lambda g, n=name: came.update({n: g.clone()}))
+    with Trace(net, path=tmp_path / "it.trace", every=every):
+        for i in range(12):
+            which = i % 3 > 0
+            net["d"](net["g"](torch.randn(8, 4))).mean().backward()
+            names = [n for n, _ in net.named_parameters() if n[0] == "gd"[which]]
+            seen.append([hashed({n: came[n] for n in names})])
+            if i > 8:
+                nn.utils.clip_grad_norm_(net["gd"[which]].parameters(), 0.01)
+            seen[-1].append(hashed({n: net.get_parameter(n).grad for n in names}))
+            optimizers[which].step()
+            net.zero_grad(set_to_none=i % 2 == 0)
+    found = [(s["fresh"] or s["used"], s["used"]) for s in lines(tmp_path / "it.trace")[1:-1]]
+    assert len(found) == 12 // every
+    for step, stages in zip(seen[::every], found, strict=True):
+        assert every > 1 or [stage["bits"] for stage in stages] == step
+        assert stages[1]["bits"] == step[1]
+    count("steps of two optimizers", len(found))
+
+
 def test_every_thins_a_trace(tmp_path):
     with Trace(noisy_net := noisy(), path=tmp_path / "it.trace", every=4):
         steps(noisy_net, 10)

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .fingerprints import (
-    Line,
-    excerpt,
-    same,
-    seen,
-    short,
-)
+from .fingerprints import Line, excerpt, same, seen, short
 from .layout import Layout, plain_value
 from .memory import array, dense
 from .snapshot import Snapshot
@@ -137,11 +131,9 @@ class Gradients:
 
     def line(self, gradients: dict[str, Tensor], is_full: bool) -> Line:
         """Return what is written of a step's gradients, as they came."""
-        slots = [self.slots.get(name) for name in gradients]
-        if any(g is not slot for g, slot in zip(gradients.values(), slots, strict=True)) or (
-            len(slots) != len(self.slots)
-        ):
-            self.snapshot = Snapshot()
+        slots = self.slots
+        if gradients.keys() != slots.keys() or any(gradients[n] is not slots[n] for n in slots):
+            self.snapshot = Snapshot()  # some of them may lie in the memory of the one before
             self.snapshot.take(gradients)
             self.slots = self.snapshot.slots()
         return _line(self.snapshot, gradients, is_full)

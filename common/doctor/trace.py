@@ -130,7 +130,7 @@ class Trace:
             "trainable": [n for n, p in self.layout.parameters.items() if p.requires_grad],
             "tied": self.layout.tied,
             "environment": environment(next(iter(self.layout.parameters.values()), torch.empty(0))),
-            "start": {n: known_as(hashes[n], t) for n, t in self.layout.tensors.items()},
+            "start": {n: known_as(hashes.get(n, "?"), t) for n, t in self.layout.tensors.items()},
         }
 
     def __exit__(
