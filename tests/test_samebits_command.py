@@ -79,8 +79,29 @@ def frozen(net, optimizer, i):
     optimizer.param_groups[0]["params"] = list(net[2].parameters())
 
 
+class Empty(nn.Linear):
+    """A parameter without values, as some layers have that are not used."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.none = nn.Parameter(torch.zeros(0, 3))
+
+    def forward(self, x):
+        return super().forward(x) + self.none.sum()
+
+
+def normalized():
+    """A bias before BatchNorm, on which nothing depends but for rounding."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    nn.init.constant_(net[0].bias, 100.0)
+    return net
+
+
 ALONE = {
     "nothing": ({}, None),
+    "no values": (dict(build=Empty), None),
+    "a bias that BatchNorm takes away": (
+        dict(build=normalized, steps=1, first_sample=torch.tensor([0.5, -1.0, 2.0])), None),
     "a part that the optimizer lacks": (dict(change=frozen), "Parameters that the optimizer was"),
     "a part that never moves": (
         dict(change=lambda net, *_: net[0].register_forward_hook(lambda m, i, o: o.detach())),

@@ -34,7 +34,7 @@ def _check(run: Run) -> list[Cause]:
         return [Cause("The optimizer does not hold the network's parameters", said,
                       "parameter-groups")]  # fmt: skip
     steps = list(run.every_step())
-    return [*_parameters(run, steps), *_gradients(steps), *_modes(steps), *_losses(steps)]
+    return [*_parameters(run, steps), *_gradients(run, steps), *_modes(steps), *_losses(steps)]
 
 
 def _parameters(run: Run, steps: list[Line]) -> list[Cause]:
@@ -50,7 +50,8 @@ def _parameters(run: Run, steps: list[Line]) -> list[Cause]:
     start = {name: value["bits"] for name, value in run.head["start"].items()}
     moved = {n for step in steps for n, bits in step["weights"]["bits"].items()
              if differ(bits, start.get(n, "?"))}  # fmt: skip
-    still = [n for n in wanted if n in held and n not in moved and start.get(n, "?")[0] != "?"]
+    still = [n for n in wanted if n in held and n not in moved and start.get(n, "?")[0] != "?"
+             and n not in _without_meaning(run, steps)]  # fmt: skip
     if still:
         without = [n for n in still if not any(n in step["used"]["bits"] for step in steps)]
         said = f"{len(still)} parameters, first {still[0]}, are the same after {len(steps)} steps"
@@ -59,7 +60,22 @@ def _parameters(run: Run, steps: list[Line]) -> list[Cause]:
     return causes
 
 
-def _gradients(steps: list[Line]) -> list[Cause]:
+def _without_meaning(run: Run, steps: list[Line]) -> set[str]:
+    """Return the parameters on which no output depends but for rounding, or without values.
+
+    So is a bias before BatchNorm, which takes the mean away again: its gradient is rounding.
+    """
+    empty = {name for name, value in run.head["start"].items() if 0 in value.get("shape", ())}
+    tiny: set[str] = set()
+    for step in steps:
+        used = step["used"]
+        for name, norm in zip(used["bits"], used["norms"], strict=True):
+            if 0 < norm < 1e-6 * used["norm"]:
+                tiny.add(name)
+    return empty | tiny
+
+
+def _gradients(run: Run, steps: list[Line]) -> list[Cause]:
     """Look for gradients that are zero throughout, or no numbers."""
     norms: dict[str, list[float]] = {}
     causes: list[Cause] = []
@@ -69,7 +85,9 @@ def _gradients(steps: list[Line]) -> list[Cause]:
             if not math.isfinite(norm) and not causes:
                 said = f"that of {name} in step {step['step']:,}."
                 causes.append(Cause("A gradient is not finite", said, "precision"))
-    zero = [name for name, found in norms.items() if not any(found)]
+    start = run.head["start"]
+    zero = [name for name, found in norms.items()
+            if not any(found) and 0 not in start.get(name, {}).get("shape", ())]  # fmt: skip
     if zero:
         said = f"{len(zero)} gradients, first that of {zero[0]}, in all {len(steps)} steps."
         causes.append(Cause("Gradients that are always zero", said, "frozen"))
