@@ -70,7 +70,7 @@ def _without_meaning(run: Run, steps: list[Line]) -> set[str]:
     for step in steps:
         used = step["used"]
         for name, norm in zip(used["bits"], used["norms"], strict=True):
-            if 0 < norm < 1e-6 * used["norm"]:
+            if 0 < norm < 1e-5 * used["norm"]:
                 tiny.add(name)
     return empty | tiny
 
