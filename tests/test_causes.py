@@ -35,7 +35,8 @@ class Scaled(nn.Sequential):
 
 
 def loop(net, samples=lambda n: slice(16 * n, 16 * n + 16), given=lambda x: x, clip=None,
-         moves=1, is_twice=False, loss=F.cross_entropy, make=sgd, rho=0.0):  # fmt: skip
+         moves=1, is_twice=False, loss=F.cross_entropy, make=sgd, rho=0.0,
+         times=0.0):  # fmt: skip
     """Train on eight batches of 16 samples, each option as the arguments say."""
     optimizer = make(net)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
@@ -53,6 +54,8 @@ def loop(net, samples=lambda n: slice(16 * n, 16 * n + 16), given=lambda x: x, c
         if is_twice:  # as sharpness-aware minimization does, without moving the weights
             optimizer.zero_grad()
             F.cross_entropy(net(x), y.flip(0)).backward()
+        for parameter in net.parameters() if times else ():  # as an average with another device
+            parameter.grad.add_(0.01).mul_(times)
         for part in clip(net) if clip else ():
             nn.utils.clip_grad_norm_(part, 0.01)
         optimizer.step()
@@ -103,6 +106,12 @@ CAUSES = {
     "a factor after all layers": (
         dict(build=lambda: Scaled(*layers())), {},
         "output", "Another computation in the network, after its layers"),
+    "an average that is clipped": (
+        dict(times=1.0, clip=lambda net: [net.parameters()]), dict(times=1.0),
+        "clipping", "The gradients' norm is clipped in A"),
+    "an average that is divided": (
+        dict(times=1.0), dict(times=0.25),
+        "clipping", "The gradients are multiplied by a number on one side"),
     "a schedule that moves twice": (
         dict(moves=2), {}, "update", "The schedule moves 2 times as fast in A"),
     "two passes for a step": (

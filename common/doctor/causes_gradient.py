@@ -147,11 +147,32 @@ def clipping_causes(a: Run, b: Run, index: int, x: Line, y: Line) -> list[Cause]
                 f"{name} changes its gradients before the step, such as their average over devices"
             )
             causes.append(Cause(what, turned, "batch-size-and-devices"))
+    if averages := _of_averages(a, b, x, y, said):
+        causes.insert(0, averages)
     if early := _after_each(x, y, said):
         causes.insert(0, early)
     if unscaled := _clipped_while_scaled(x, y, said):
         causes.insert(0, unscaled)
     return causes or [Cause("Other gradients at the step", said + ".")]
+
+
+def _of_averages(a: Run, b: Run, x: Line, y: Line, said: str) -> Cause | None:
+    """Hold what both runs made of their gradients against each other, as averages over devices."""
+    if any(step["between"].get("cosine", 1) > 0.999999 for step in (x, y)):
+        return None
+    ours, theirs = (np.array(step["used"]["sketch"]) for step in (x, y))
+    factor = float(ours @ theirs / max(ours @ ours, 1e-300))
+    off = np.abs(theirs - factor * ours).max() > 1e-4 * np.abs(theirs).max()
+    if off or factor <= 0 or near(factor, 1, 1e-4):
+        return None
+    said += f". B's are {factor:.4g} times A's, in every value."
+    for who, run in (("A", a), ("B", b)):
+        norms = [step["used"]["norm"] for step in run.every_step()]
+        if len(norms) > 1 and all(near(norm, norms[0], 1e-3) for norm in norms):
+            said += f" {who}'s norm is the same in {len(norms)} steps."
+            return Cause(f"The gradients' norm is clipped in {who}", said, "clipping")
+    return Cause("The gradients are multiplied by a number on one side, or clipped", said,
+                 "accumulation")  # fmt: skip
 
 
 def _after_each(x: Line, y: Line, said: str) -> Cause | None:
