@@ -187,20 +187,22 @@ def test_what_is_wrong_in_one_rank_alone_is_said(tmp_path, capsys):
 
 
 TWO = """
-import sys, torch, torch.distributed as dist, torch.distributed.fsdp
+import sys, torch, torch.distributed as dist, torch.distributed.fsdp, torch.distributed.optim
 from samebits import Trace
 _, rank, meet, path, kind, change = sys.argv
 dist.init_process_group("gloo", init_method="file://" + meet, rank=int(rank), world_size=2)
 torch.manual_seed(0)
 net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-model = torch.nn.parallel.DistributedDataParallel(net) if kind == "ddp" else net
+model = torch.nn.parallel.DistributedDataParallel(net) if kind in ("ddp", "zero") else net
 if kind == "fsdp":
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     torch.distributed.fsdp.fully_shard(net, mesh=mesh)
 if kind == "fsdp1":
     net = torch.distributed.fsdp.FullyShardedDataParallel(net, device_id=torch.device("cpu"))
     model = net
-optimizer = torch.optim.SGD(net.parameters(), 0.1)
+make = torch.distributed.optim.ZeroRedundancyOptimizer if kind == "zero" else None
+optimizer = (make(net.parameters(), torch.optim.SGD, lr=0.1) if make
+             else torch.optim.SGD(net.parameters(), 0.1))
 with Trace(net, path=path):
     for i in range(3):
         labels = torch.arange(4) % 2
@@ -226,7 +228,7 @@ def in_two(folder, path, kind, change=""):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp1", "alone"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp1", "zero", "alone"])
 def test_two_processes_write_a_file_each(kind, tmp_path):
     path = tmp_path / "it.trace"
     in_two(tmp_path, path, kind)

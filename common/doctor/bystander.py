@@ -5,8 +5,10 @@ keep it from being scripted, and would switch off the fast path of a transformer
 """
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +17,7 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 
 def bystander(hook: Callable[..., None]) -> Callable[..., None]:
@@ -32,6 +34,9 @@ def bystander(hook: Callable[..., None]) -> Callable[..., None]:
             self.note(hook.__name__.strip("_"), error)
 
     return watched
+
+
+STEPS_IN = Optimizer.__init__.__code__.co_filename  # where PyTorch calls the hooks of a step
 
 
 class Hooks:
@@ -101,6 +106,28 @@ def _after(module: Any, args: Any, kwargs: Any, output: Any = None) -> None:
 def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
     for hooks in tuple(Hooks.opened):
         hooks.trace.stepped(optimizer, args, kwargs)
+
+
+def is_within_a_step(optimizer: Optimizer, wanted: Optimizer | None = None) -> bool:
+    """Tell, in a hook on a step, whether the step is a part of another one's, for its parameters.
+
+    So it is where a subclass calls super().step(), and where an optimizer wraps another one; then
+    the outer one counts, unless one is wanted. The functions that are being called tell it: a count
+    of them would be wrong after an error.
+    """
+    frame: FrameType | None = sys._getframe()
+    steps = []
+    while frame := frame.f_back if frame else None:
+        if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == STEPS_IN:
+            steps.append(frame.f_locals.get("self"))
+    outer = [step for step in steps[1:] if wanted in (None, step)]
+    own = _held(optimizer) if outer else set()
+    return any(own <= _held(step) for step in outer)
+
+
+def _held(optimizer: Any) -> set[int]:
+    groups = getattr(optimizer, "param_groups", ())
+    return {id(parameter) for group in groups for parameter in group["params"]}
 
 
 # PyTorch has no hook for `loss.backward()`. So its one entrance is replaced while a trace is open.

@@ -7,7 +7,7 @@ from .alone import check
 from .diagnosis import STAGES, Diagnosis, compare
 from .evidence import Cause, differing
 from .messages import BadInput
-from .run import load, training
+from .run import load, training, weights_found
 
 ALL_THE_SAME = "All processes get the same samples: a DistributedSampler is missing"
 ALIKE = "in each of the first steps, the samples of rank 0 are those of every rank."
@@ -33,16 +33,17 @@ def drift(paths: list[Path]) -> Cause | None:
     runs = [load(path, f"rank {n}") for n, path in enumerate(paths)]
     if any(run.head.get("sharded") for run in runs):
         return None  # each holds another part
-    first = runs[0]
-    trainable = set(first.head["trainable"])
+    first, trainable = runs[0], set(runs[0].head["trainable"])
     for number, run in enumerate(runs[1:], start=1):
-        for index in range(min(len(run.steps), len(first.steps))):
-            x, y = first.step(index), run.step(index)
-            names = [n for n in differing(x["weights"]["bits"], y["weights"]["bits"])
-                     if n in trainable]  # fmt: skip
-            if names:
-                said = f"from step {x['step']:,} on, {names[0]} and {len(names) - 1} more are "
-                return Cause(DRIFT, f"{said}others in rank {number} than in rank 0.",
+        count = min(len(run.steps), len(first.steps))
+        # As the next step finds them: some optimizers spread the weights after their step.
+        later = ((first.step(n - 1)["step"], weights_found(first, n), weights_found(run, n))
+                 for n in range(1, count))  # fmt: skip
+        last = (first.step(-1)["step"], first.end["digests"], run.end["digests"])
+        for step, ours, theirs in (*later, *[last] * (len(run.steps) == len(first.steps))):
+            if names := [n for n in differing(ours, theirs) if n in trainable]:
+                said = f"after step {step:,}, {names[0]} and {len(names) - 1} more are others in "
+                return Cause(DRIFT, f"{said}rank {number} than in rank 0.",
                              "batch-size-and-devices")  # fmt: skip
         if len(run.steps) != len(first.steps):
             said = f"rank 0 made {len(first.steps)} steps, rank {number} {len(run.steps)}."

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .bystander import Hooks, bystander, is_recomputing
+from .bystander import Hooks, bystander, is_recomputing, is_within_a_step
 from .environment import environment, process, random_states, torch_state
 from .files import FORMAT, Writer, path_of_rank
 from .fingerprints import bits, checksum, digest, excerpt, is_batch, not_seen, rows, seen
@@ -358,14 +358,14 @@ class Trace:
     @bystander
     def stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """After an optimizer's step: the gradients that it used are still there."""
-        if optimizer is not (self.optimizer or optimizer):
+        wanted = self.optimizer or optimizer
+        if optimizer is not wanted or is_within_a_step(optimizer, self.optimizer):
             return
         if self.idle:
             if self.layout.is_held_by(optimizer) or self.layout.held_by(optimizer):
                 self._begin_step(self.steps + 1)
             return
-        held = self.layout.held_by(optimizer)
-        if not held:
+        if not (held := self.layout.held_by(optimizer)):
             return
         self.steps = self.recorded = self.steps + 1
         self.stack, self.current = [], None

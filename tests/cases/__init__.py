@@ -116,4 +116,12 @@ def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 __all__ = ["CASES", "Batches", "Case", "F", "Lit", "choices", "copy", "descend", "fit", "numbers"]
 
 # Each of them adds its cases to CASES.
-from . import adversaries, classifiers, encoders, formulas, sequences, turns  # noqa: E402, F401
+from . import (  # noqa: E402, F401
+    adversaries,
+    classifiers,
+    encoders,
+    formulas,
+    sequences,
+    steps,
+    turns,
+)

@@ -4,7 +4,6 @@ Each pair is a network and two functions that train it; both get the network, th
 open the trace as a stranger would.
 """
 
-import functools
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -190,30 +189,6 @@ def an_average_of_weights_beside_it():
     return by_hand, other
 
 
-@pair(mlp)
-def a_closure_that_is_called_often():
-    def lbfgs(net):
-        return torch.optim.LBFGS(net.parameters(), 0.1, max_iter=3)
-
-    def one(net, path):
-        optimizer = lbfgs(net)
-
-        def closure(x, y):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(net(x), y)
-            loss.backward()
-            return loss
-
-        with Trace(net, path=path):
-            for batch in POINTS:
-                optimizer.step(functools.partial(closure, *batch))
-
-    def other(net, path):
-        fit(Port(net, True, lbfgs), POINTS, [callback(L.Callback, path)])
-
-    return one, other
-
-
 Spoken = namedtuple("Spoken", "logits hidden")
 
 
@@ -245,29 +220,6 @@ def packed_sequences():
         fit(Speech(net, True, sgd), batches, [callback(L.Callback, path)])
 
     return one, other
-
-
-@pair(mlp)
-def gradients_set_to_zero_instead_of_none():
-    def other(net, path):
-        optimizer = sgd(net)
-        with Trace(net, path=path):
-            for x, y in POINTS:
-                optimizer.zero_grad(set_to_none=False)
-                F.cross_entropy(net(x), y).backward()
-                optimizer.step()
-
-    return by_hand, other
-
-
-@pair(mlp)
-def groups_of_the_same_settings():
-    def other(net, path):
-        groups = [{"params": list(net[2].parameters())}, {"params": list(net[0].parameters())}]
-        with Trace(net, path=path):
-            train(net, torch.optim.SGD(groups, 0.1, momentum=0.9))
-
-    return by_hand, other
 
 
 @pair(mlp)
@@ -338,24 +290,6 @@ def an_evaluation_on_one_side():
     return by_hand, other
 
 
-@pair(mlp)
-def accumulated_by_hand():
-    def one(net, path):
-        optimizer = sgd(net)
-        with Trace(net, path=path):
-            for i in range(0, 6, 3):
-                optimizer.zero_grad()
-                for x, y in POINTS[i : i + 3]:
-                    (F.cross_entropy(net(x), y) / 3).backward()
-                optimizer.step()
-
-    def other(net, path):
-        watch = callback(L.Callback, path)
-        fit(Port(net, True, sgd), POINTS, [watch], accumulate_grad_batches=3)
-
-    return one, other
-
-
 @pair(InParts)
 def frozen_or_not_given_to_the_optimizer():
     def one(net, path):
@@ -369,51 +303,6 @@ def frozen_or_not_given_to_the_optimizer():
             for x, y in POINTS:
                 net.zero_grad()
                 descend(optimizer, F.cross_entropy(net(x), y))
-
-    return one, other
-
-
-@pair(lambda: nn.Sequential(nn.EmbeddingBag(20, 8, sparse=True), nn.Linear(8, 3)))
-def sparse_gradients():
-    batches = [(choices(1100 + i, 0, 20, 8, 5), y) for i, (_, y) in enumerate(POINTS)]
-
-    def one(net, path):
-        optimizer = torch.optim.SparseAdam(net[0].parameters()), sgd(net[1])
-        with Trace(net, path=path):
-            for x, y in batches:
-                net.zero_grad()
-                F.cross_entropy(net(x), y).backward()
-                [each.step() for each in optimizer]
-
-    class Both(Lit):
-        automatic_optimization = False
-
-        def configure_optimizers(self):
-            return torch.optim.SparseAdam(self.net[0].parameters()), sgd(self.net[1])
-
-        def training_step(self, batch):
-            self.net.zero_grad(set_to_none=False)
-            self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
-            for optimizer in self.optimizers():
-                optimizer.step()
-
-    def other(net, path):
-        fit(Both(net, True), batches, [callback(L.Callback, path)])
-
-    return one, other
-
-
-@pair(mlp)
-def weights_loaded_within_the_block():
-    def one(net, path):
-        net.load_state_dict({n: 0.5 * t for n, t in net.state_dict().items()})
-        with Trace(net, path=path):
-            train(net)
-
-    def other(net, path):
-        with Trace(net, path=path):
-            net.load_state_dict({n: 0.5 * t for n, t in net.state_dict().items()})
-            train(net)
 
     return one, other
 
@@ -449,22 +338,3 @@ def outputs_of_another_kind():
             train(net, call=lambda x: net(x, scale=1.0)["result"])
 
     return one, other
-
-
-@pair(mlp)
-def gradients_by_functions():
-    def other(net, path):
-        optimizer = sgd(net)
-
-        def loss(weights, x, y):
-            return F.cross_entropy(torch.func.functional_call(net, weights, (x,)), y)
-
-        with Trace(net, path=path):
-            for x, y in POINTS:
-                found = torch.func.grad(loss)({n: p.detach() for n, p in net.named_parameters()},
-                                              x, y)  # fmt: skip
-                for name, parameter in net.named_parameters():
-                    parameter.grad = found[name]
-                optimizer.step()
-
-    return by_hand, other
