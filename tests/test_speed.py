@@ -40,7 +40,7 @@ MEANS = [
     dict(limit_train_batches=9, seed=3),
     dict(model=Net, precision="bf16-mixed", flip="random", freeze_at=0.3),
     dict(network="airbench", flip="alternate", translate=2, tta=True, label_smoothing=0.2,
-         precision="bf16-mixed", batch_size=16),
+         precision="bf16-mixed", batch_size=8),
     dict(network="small", tta=True, flip="random", precision="bf16-mixed"),
     dict(network="airbench", batch_size=20, max_epochs=1, freeze_at=1.0),
 ]  # fmt: skip
@@ -51,7 +51,7 @@ def test_both_sides_are_the_same_with_every_means(settings, tmp_path, monkeypatc
     # Where the lesson's own is meant, and not the small one of the tests.
     own = {"model": NETWORKS[settings["network"]]} if "network" in settings else {}
     if settings.get("network") == "airbench":  # which takes long for each image
-        own["images"] = small_data(40, 20, 20, lesson="speed")
+        own["images"] = small_data(24, 8, 8, lesson="speed")
     results = [train(s, tmp_path, monkeypatch, lesson="speed", **own, **settings) for s in SIDES]
     assert_same(*results)
     count("pairs of speed, bit for bit")
