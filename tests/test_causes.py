@@ -8,7 +8,11 @@ from samebits import Trace, compare
 from torch import nn
 
 GENERATOR = torch.Generator().manual_seed(0)
-X, Y = torch.randn(128, 6, generator=GENERATOR), torch.randint(0, 3, (128,), generator=GENERATOR)
+SAMPLES, Y = (
+    torch.randn(128, 6, generator=GENERATOR),
+    torch.randint(0, 3, (128,), generator=GENERATOR),
+)
+X = SAMPLES.clone()
 ORDERS = (
     torch.randperm(128, generator=GENERATOR),
     torch.randint(0, 128, (128,), generator=GENERATOR),
@@ -16,7 +20,7 @@ ORDERS = (
 
 
 def sgd(net):
-    return torch.optim.SGD(net.parameters(), 0.1)
+    return torch.optim.SGD(net.parameters(), 0.1, momentum=0.5)
 
 
 def rates(first, last):
@@ -36,11 +40,15 @@ class Scaled(nn.Sequential):
 
 def loop(net, samples=lambda n: slice(16 * n, 16 * n + 16), given=lambda x: x, clip=None,
          moves=1, is_twice=False, loss=F.cross_entropy, make=sgd, rho=0.0,
-         times=0.0):  # fmt: skip
+         times=0.0, resumes=""):  # fmt: skip
     """Train on eight batches of 16 samples, each option as the arguments say."""
     optimizer = make(net)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
     for n in range(8):
+        if n == 4 and resumes:
+            state, optimizer = optimizer.state_dict(), make(net)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+            optimizer.load_state_dict(state | ({"state": {}} if resumes == "no state" else {}))
         x, y = given(X[samples(n)]), Y[samples(n)]
         optimizer.zero_grad()
         loss(net(x), y).backward()
@@ -112,6 +120,13 @@ CAUSES = {
     "an average that is divided": (
         dict(times=1.0), dict(times=0.25),
         "clipping", "The gradients are multiplied by a number on one side"),
+    "changed in place": (
+        dict(samples=lambda n: slice(16 * (n % 4), 16 * (n % 4) + 16), given=lambda x: x.add_(1)),
+        dict(samples=lambda n: slice(16 * (n % 4), 16 * (n % 4) + 16), given=lambda x: x + 1),
+        "batch", "Samples that come again are others in A"),
+    "a state that is not loaded": (
+        dict(resumes="no state"), dict(resumes="with state"),
+        "update", "The optimizer was made anew in A, and lost its state"),
     "a schedule that moves twice": (
         dict(moves=2), {}, "update", "The schedule moves 2 times as fast in A"),
     "two passes for a step": (
@@ -130,6 +145,7 @@ def test_the_first_cause(name, turned, tmp_path):
     for path, way in zip(paths, ways, strict=True):
         torch.manual_seed(0)
         net = way.get("build", layers)()
+        X.copy_(SAMPLES)
         with Trace(net, path=path):
             loop(net, **{name: value for name, value in way.items() if name != "build"})
     diagnosis = compare(*paths)

@@ -147,12 +147,19 @@ def _other_order(
     for run, own, other, name in ((rows[1], yours, rows[0], "B"), (rows[0], mine, rows[1], "A")):
         if own in run[:here] and other[here] not in other[:here]:
             said = f"{name}'s batch is that of its batch {run.index(own) + 1} again."
+            known = {row for batch in run + other[:here] for row in batch}
+            if not known & set(other[here]):
+                who = "A" if name == "B" else "B"
+                said += f" No sample of {who}'s comes anywhere before."
+                again = f"Samples that come again are others in {who}, not in {name}: changed in "
+                again += "place, or drawn once and kept"
+                return [Cause(again, said, "augmentation")]
             return [Cause(f"set_epoch is missing in {name}: every epoch has the same order", said,
                           "set-epoch")]  # fmt: skip
     if cause := _ahead(rows[0], rows[1], here):
         return [cause]
-    again = [_again(run) for run in rows]
-    for who, its, other in (("A", again[0], again[1]), ("B", again[1], again[0])):
+    seen = [_again(run) for run in rows]
+    for who, its, other in (("A", seen[0], seen[1]), ("B", seen[1], seen[0])):
         if said := _replaced(its, other):
             return [Cause(f"The samples are drawn with replacement in {who} (a sampler)", said,
                           "order")]  # fmt: skip

@@ -189,6 +189,8 @@ def update_causes(
 ) -> list[Cause]:  # fmt: skip
     """Gradients and settings are equal, and yet the weights differ."""
     anew = [_made_anew(run, index) for run in (a, b)]
+    if all(anew):  # then one of the two may have loaded its state
+        anew = [step["begins"] for step in (x, y)]
     if bool(anew[0]) != bool(anew[1]):
         who = "A" if anew[0] else "B"
         said = f"its state begins again with step {x['step']}: {anew[0] or anew[1]}."
