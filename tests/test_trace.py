@@ -72,7 +72,14 @@ def test_what_a_trace_records(tmp_path):
     head, first, second, end = lines(tmp_path / "it.trace")
     assert head["start"].keys() == start.keys() and len(end.pop("digest")) == 64
     digests = {name: fingerprint(value)["bits"] for name, value in net.state_dict().items()}
-    assert end == {"end": 2, "error": None, "weights": {}, "unseen": {}, "digests": digests}
+    assert end == {
+        "end": 2,
+        "error": None,
+        "weights": {},
+        "unseen": {},
+        "digests": digests,
+        "optimizers": 1,
+    }
     assert {name: t["bits"] for name, t in head["start"].items()} == hashed(start)
     assert second["weights"]["bits"] == hashed(net.state_dict())
     [batch] = first["passes"]
@@ -228,6 +235,22 @@ def test_gradients_are_those_of_the_step_whatever_the_steps_before_were(every, t
         assert every > 1 or [stage["bits"] for stage in stages] == step
         assert stages[1]["bits"] == step[1]
     count("steps of two optimizers", len(found))
+
+
+def test_thinned_steps_of_one_optimizer_and_of_two_are_not_compared(tmp_path):
+    """Each third step of the one is none of the other's."""
+    for side in "ab":
+        net = noisy()
+        parts = [[net], [net.backbone, net.head]][side == "b"]
+        optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in parts]
+        with Trace(net, path=tmp_path / f"{side}.trace", every=3):
+            for _ in range(6):
+                net.zero_grad()
+                F.nll_loss(net(IMAGES), LABELS).backward()
+                [optimizer.step() for optimizer in optimizers]
+    with pytest.raises(BadInput, match=r"6 steps .*: 1.*, B 12 .*: 2.*without `every`"):
+        compare(tmp_path / "a.trace", tmp_path / "b.trace")
+    count("refusals of two traces")
 
 
 def test_every_thins_a_trace(tmp_path):

@@ -122,6 +122,14 @@ def _compare(a: Run, b: Run) -> Diagnosis:
                 f"A was made with {name}={ours} and B with {name}={theirs}; trace both with the "
                 f"same `{name}`."
             )
+    is_thin = a.head["every"] > 1 or a.head["first"] > 1
+    counts = [(run.end["optimizers"], run.end["end"]) for run in (a, b)]
+    if is_thin and counts[0][0] != counts[1][0] and counts[0][1] != counts[1][1]:
+        raise BadInput(
+            f"A made {counts[0][1]} steps (number of optimizers: {counts[0][0]}), B {counts[1][1]} "
+            f"(optimizers: {counts[1][0]}); which of them belong together is seen only where each "
+            "step is recorded: trace both without `every` and `first`."
+        )
     spread = [bool(run.head.get("sharded")) for run in (a, b)]
     if spread[0] != spread[1]:
         raise BadInput(

@@ -194,7 +194,7 @@ def step_line(trace: Any, optimizer: Optimizer, is_full: bool) -> Line:
         "fresh": fresh_line,
         "between": changes,
         "optimizer": type(optimizer).__name__,
-        "which": _number(trace.optimizers, optimizer),
+        "which": number_of(optimizer, trace.optimizers),
         "foreign": foreign,
         "groups": [
             {"params": names} | {k: plain_value(v) for k, v in group.items() if k != "params"}
@@ -225,7 +225,7 @@ def _finished(record: Line, trace: Any) -> Line:
     return record
 
 
-def _number(optimizers: list, optimizer: Optimizer) -> int:
+def number_of(optimizer: Optimizer, optimizers: list) -> int:
     """Return which optimizer it is, by the order of their first steps, from 1 on."""
     for number, reference in enumerate(optimizers, start=1):
         if reference() is optimizer:

@@ -27,6 +27,17 @@ class Run:
         self.prefix = ""
         self.is_joined = False
         self.step = functools.lru_cache(8)(self._step)
+        if self.steps:
+            self._add_what_came_later()
+
+    def _add_what_came_later(self) -> None:
+        """Add parameters that were made within the first step, as those of lazy modules."""
+        step, start = json.loads(self.steps[0]), self.head["start"]
+        for name, tensor in step["weights"]["full"].items():
+            if name not in start:
+                found = [p["changed"][name] for p in step["passes"] if name in p["changed"]]
+                later = {"bits": "?it came later", "shape": tensor["shape"]}
+                start[name] = found[0] if found and step["step"] == 1 else later
 
     def _step(self, index: int) -> Line:
         """Return the recorded step with that index, from 0."""

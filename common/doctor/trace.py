@@ -16,7 +16,6 @@ those in full, too. docs/doctor.md has what it costs.
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from .files import FORMAT, Writer, path_of_rank
 from .fingerprints import bits, checksum, digest, excerpt, is_batch, not_seen, rows, seen
 from .layout import Layout
 from .messages import BadInput
-from .record import Gradients, Weights, call_name, known_as, no_evaluation, step_line
+from .record import Gradients, Weights, call_name, known_as, no_evaluation, number_of, step_line
 from .rounding import nudge as nudge_weights
 from .walk import Unseen, leaves, positional
 from .zoom import Operators
@@ -133,9 +132,7 @@ class Trace:
             "start": {n: known_as(hashes.get(n, "?"), t) for n, t in self.layout.tensors.items()},
         }
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type | None, error: object, traceback: object) -> None:
         if self.hooks is None or self.writer is None:
             return  # closed before
         if self.operators is not None:
@@ -152,6 +149,7 @@ class Trace:
             changed = {}
         end = {
             "end": self.steps,
+            "optimizers": len(self.optimizers),
             "error": None if kind is None else f"{kind.__name__}: {error}"[:200],
             "weights": changed,
             # The hashes of two tensors may be the same by chance, these digests not.
@@ -363,6 +361,7 @@ class Trace:
             return
         if self.idle:
             if self.layout.is_held_by(optimizer) or self.layout.held_by(optimizer):
+                number_of(optimizer, self.optimizers)
                 self._begin_step(self.steps + 1)
             return
         if not (held := self.layout.held_by(optimizer)):

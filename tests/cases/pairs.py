@@ -338,3 +338,17 @@ def outputs_of_another_kind():
             train(net, call=lambda x: net(x, scale=1.0)["result"])
 
     return one, other
+
+
+@pair(lambda: nn.Sequential(nn.LazyLinear(12), nn.ReLU(), nn.LazyLinear(3)))
+def lazy_modules_that_get_their_weights_before_or_within():
+    def one(net, path):
+        net(POINTS[0][0])
+        by_hand(net, path)
+
+    def other(net, path):
+        with Trace(net, path=path):
+            net(POINTS[0][0])
+            train(net)
+
+    return one, other
