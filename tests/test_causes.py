@@ -40,8 +40,10 @@ class Scaled(nn.Sequential):
 
 def loop(net, samples=lambda n: slice(16 * n, 16 * n + 16), given=lambda x: x, clip=None,
          moves=1, is_twice=False, loss=F.cross_entropy, make=sgd, rho=0.0,
-         times=0.0, resumes=""):  # fmt: skip
+         times=0.0, resumes="", zeroed=False, skipped=None, prepare=None):  # fmt: skip
     """Train on eight batches of 16 samples, each option as the arguments say."""
+    if prepare:
+        prepare(net)
     optimizer = make(net)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
     for n in range(8):
@@ -51,7 +53,12 @@ def loop(net, samples=lambda n: slice(16 * n, 16 * n + 16), given=lambda x: x, c
             optimizer.load_state_dict(state | ({"state": {}} if resumes == "no state" else {}))
         x, y = given(X[samples(n)]), Y[samples(n)]
         optimizer.zero_grad()
-        loss(net(x), y).backward()
+        value = loss(net(x), y)
+        if n == skipped:
+            continue
+        value.backward()
+        if zeroed:
+            optimizer.zero_grad(set_to_none=False)
         if rho:  # sharpness-aware minimization: the gradients of weights that lie a step uphill
             optimizer.param_groups[0]["rho"] = rho
             moved = [rho * p.grad for p in net.parameters()]
@@ -120,6 +127,18 @@ CAUSES = {
     "an average that is divided": (
         dict(times=1.0), dict(times=0.25),
         "clipping", "The gradients are multiplied by a number on one side"),
+    "zero_grad before the step": (
+        dict(zeroed=True), {}, "clipping", "zero_grad comes between the backward pass and the step "
+        "in A"),
+    "a batch that is skipped": (
+        dict(skipped=4), {}, "batch", "A batch makes no step in A"),
+    "a batch that is left out": (
+        dict(samples=lambda n: slice(16 * (n + (n > 3)) % 128, 16 * (n + (n > 3)) % 128 + 16)), {},
+        "batch", "A batch was left out"),
+    "an initialization within the block": (
+        dict(build=layers, prepare=lambda net: net[0].weight.data.mul_(2)),
+        dict(prepare=lambda net: net[0].weight.data.mul_(3)),
+        "weights", "Other weights before the first step"),
     "changed in place": (
         dict(samples=lambda n: slice(16 * (n % 4), 16 * (n % 4) + 16), given=lambda x: x.add_(1)),
         dict(samples=lambda n: slice(16 * (n % 4), 16 * (n % 4) + 16), given=lambda x: x + 1),

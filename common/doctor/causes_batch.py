@@ -21,6 +21,11 @@ def batch_causes(
             for run in (a, b)]  # fmt: skip
     here = _before(a, index, p, lambda step: _like(p, step))
     mine, yours = p["rows"], q["rows"]
+    for who, run, rest in (("A", a, yours), ("B", b, mine)):
+        if any(r.get("rows") == rest and not r["loss"] for r in run.step(index)["passes"]):
+            said = f"{who} made a forward pass of the other's batch, and no backward pass."
+            return [Cause(f"A batch makes no step in {who}: it was skipped, as where training_step "
+                          "returns None", said, "steps")]  # fmt: skip
     if len(mine) != len(yours):
         return _other_passes(a, b, index, p) or _other_batch_size(rows, here, mine, yours)
     if sorted(mine) == sorted(yours):
@@ -180,10 +185,11 @@ def _ahead(ours: list, theirs: list, here: int) -> Cause | None:
     """Look whether two batches from `here` on are those of the other run some batches away."""
     for shift in (1, 2, 3, -1, -2, -3):
         there = slice(max(here + shift, 0), here + shift + 2)
-        if theirs[there] and ours[here : here + 2] == theirs[there]:
-            ahead = "A is ahead" if shift > 0 else "B is ahead"
-            said = f"{ahead} by {abs(shift)}: A's batch {here + 1} is B's {here + 1 + shift}."
-            return Cause("A batch was left out, or taken twice, on one side", said, "steps")
+        for who, other, one, its in (("A", "B", ours, theirs), ("B", "A", theirs, ours)):
+            if its[there] and one[here : here + 2] == its[there]:
+                said = f"{who if shift > 0 else other} is ahead by {abs(shift)}: {who}'s batch "
+                said += f"{here + 1} is {other}'s {here + 1 + shift}."
+                return Cause("A batch was left out, or taken twice, on one side", said, "steps")
     return None
 
 

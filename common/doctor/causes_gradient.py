@@ -118,6 +118,10 @@ def clipping_causes(a: Run, b: Run, index: int, x: Line, y: Line) -> list[Cause]
             which += f"not both, in {name}; {said}."
             causes.append(Cause("Gradients were set, or removed, by hand or by zero_grad", which,
                                 "zero-grad"))  # fmt: skip
+        elif not between["largest"]:
+            zeroed = f"all that the backward pass gave is 0 at the step in {name}; {said}."
+            late = f"zero_grad comes between the backward pass and the step in {name}"
+            causes.insert(0, Cause(late, zeroed, "zero-grad"))
         elif between["cosine"] > 0.999999:
             causes.append(_shortened(run, step, name, said, both))
         elif between["cut"] and between["tied"] > 1:

@@ -54,6 +54,11 @@ def changed(a: Run, b: Run, index: int, x: Line, y: Line, names: list[str]) -> F
         said = f"only buffers changed, first {names[0]}, in {' and '.join(who) or 'one run'}."
         cause = Cause("Running averages were changed between two steps", said, "summary")
         return Found("weights", names[0], [cause], len(names) - 1)
+    if not index:
+        said = f"within the block, before step 1, in {' and '.join(who) or 'one run'}."
+        cause = Cause("Other weights before the first step: initialized otherwise, or loaded", said,
+                      "seed-and-layers")  # fmt: skip
+        return Found("weights", names[0], [cause], len(names) - 1)
     for run in (a, b):
         found = touched[run.name]
         largest = {found[n].get("max") for n in names if n in found}
