@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 from helpers import count
-from samebits import BadInput, Trace, compare, files, read
+from samebits import BadInput, Trace, check, compare, files, read
+from samebits.ranks import check_ranks, compare_ranks
 from torch import nn
 
 
@@ -26,10 +27,10 @@ def make(path, rate=0.1):
     return path
 
 
-def outcome(a, b):
-    """What comes of a comparison: a diagnosis, or one sentence."""
+def outcome(*paths, what=compare):
+    """What comes of a comparison, or of a check: a diagnosis, or one sentence."""
     try:
-        return str(compare(a, b))
+        return str(what(*paths))
     except BadInput as error:
         assert "\n" not in str(error) and str(error).endswith("."), error
         return str(error)
@@ -83,7 +84,8 @@ def test_two_bytes_altered_and_signed_again(number, tmp_path):
 def test_values_of_another_kind(number, tmp_path):
     """Each part of a trace replaced by something else."""
     a, b = make(tmp_path / "a.trace"), make(tmp_path / "b.trace", rate=0.2)
-    lines, draw = read(b), random.Random(2)
+    lines, draw, ranks = read(b), random.Random(2), tmp_path / "r.trace"
+    make(tmp_path / "r.rank0.trace")
     strange = [None, [], {}, "", "\x1b[2J", -1, 1e308, 10**30, True, [[[]]], {"bits": 1}]
     for _ in range(number):
         parts = [json.loads(line) for line in lines]
@@ -97,6 +99,10 @@ def test_values_of_another_kind(number, tmp_path):
         b.write_bytes(signed([json.dumps(part) for part in parts]))
         said = outcome(a, b)
         assert "\x1b" not in said
+        # Looked at alone, and as the second of two processes.
+        (tmp_path / "r.rank1.trace").write_bytes(b.read_bytes())
+        for paths, way in (([b], check), ([ranks], check_ranks), ([ranks, ranks], compare_ranks)):
+            outcome(*paths, what=way)
     count("traces with other values", number)
 
 

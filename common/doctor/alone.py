@@ -5,8 +5,7 @@ from pathlib import Path
 
 from .evidence import Cause, differ
 from .files import Line
-from .messages import BadInput
-from .run import Run, stepped, training
+from .run import Run, sane, stepped, training
 
 FORGOTTEN = "model.train() is missing: the network trains in eval mode"
 
@@ -16,15 +15,8 @@ def check(path: Path | str) -> list[Cause]:
 
     Raises BadInput where there is no whole trace at path.
     """
-    run = Run(path, "the run")
-    try:
-        return _check(run)
-    except (BadInput, MemoryError):
-        raise
-    except Exception as error:  # as in compare: nobody's trace holds it
-        raise BadInput(
-            f"'{path}' holds what no trace holds ({type(error).__name__}: {error}); make it again."
-        ) from error
+    with sane(path):
+        return _check(Run(path, "the run"))
 
 
 def _check(run: Run) -> list[Cause]:

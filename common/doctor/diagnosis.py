@@ -15,7 +15,7 @@ from .files import Line
 from .messages import PAGES, SAMENESS, BadInput, printable
 from .remarks import environment, harmless, not_seen
 from .rounding import TIMES, measured
-from .run import Run, align, load, weights_found
+from .run import Run, align, load, sane, weights_found
 from .steps import first_in_step
 
 STAGES = {
@@ -98,20 +98,13 @@ def compare(a: Path | str, b: Path | str, nudged: Path | str | None = None) -> D
 
     Raises BadInput where one is no trace, is empty, or they were thinned differently.
     """
-    try:
+    with sane(a, b):
         first = load(a, "A")
         diagnosis = _compare(first, load(b, "B"))
         if nudged is not None and diagnosis.size is not None:
             diagnosis = _measured(diagnosis, load(a, "A"), load(nudged, "the nudged run"))
         str(diagnosis)  # what cannot be said is nonsense, too
         return diagnosis
-    except (BadInput, MemoryError):
-        raise
-    except Exception as error:  # what is whole and yet holds nonsense was made by nobody's trace
-        raise BadInput(
-            f"'{a}' and '{b}' cannot be compared, since they hold what no trace holds "
-            f"({type(error).__name__}: {error}); make both again."
-        ) from error
 
 
 def _compare(a: Run, b: Run) -> Diagnosis:

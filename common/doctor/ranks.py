@@ -7,7 +7,7 @@ from .alone import check
 from .diagnosis import STAGES, Diagnosis, compare
 from .evidence import Cause, differing
 from .messages import BadInput
-from .run import load, training, weights_found
+from .run import load, sane, training, weights_found
 
 ALL_THE_SAME = "All processes get the same samples: a DistributedSampler is missing"
 ALIKE = "in each of the first steps, the samples of rank 0 are those of every rank."
@@ -75,9 +75,11 @@ def check_ranks(path: Path | str) -> list[Cause]:
             if cause.name not in known:
                 known.add(cause.name)
                 causes.append(Cause(cause.name, f"in rank {rank}: {cause.evidence}", cause.page))
-    if len(paths) > 1 and (apart := drift(paths)):
+    with sane(*paths):
+        apart, are_same = drift(paths), same_batches(paths)
+    if apart:
         causes.append(apart)
-    if same_batches(paths):
+    if are_same:
         causes.append(Cause(ALL_THE_SAME, ALIKE, "batch-size-and-devices"))
     return causes
 
@@ -95,11 +97,14 @@ def compare_ranks(a: Path | str, b: Path | str, nudged: Path | str | None = None
     if len(ours) == 1:
         return compare(ours[0], theirs[0], nudged)
     remarks = []
+    alike = []
     for name, paths in (("A", ours), ("B", theirs)):
-        if cause := drift(paths):
+        with sane(*paths):
+            cause = drift(paths)
+            alike.append(same_batches(paths))
+        if cause:
             remarks.append(f"Within {name}: {cause.name}: {cause.evidence}")
     found = [compare(x, y) for x, y in zip(ours, theirs, strict=True)]
-    alike = [same_batches(paths) for paths in (ours, theirs)]
     # What one rank got, all others see in their averaged gradients, which is later in a step.
     order = [*STAGES, None]
     rank = min(range(len(found)), key=lambda n: (found[n].equal, found[n].step,

@@ -1,5 +1,6 @@
 """One trace as it is compared: its steps, and its names brought to those of the other one."""
 
+import contextlib
 import functools
 import json
 import math
@@ -10,6 +11,20 @@ from typing import Any
 from .evidence import bits, unknown
 from .files import Line, read
 from .messages import BadInput
+
+
+@contextlib.contextmanager
+def sane(*paths: Path | str) -> Iterator[None]:
+    """Turn an error into BadInput: what is whole and yet holds nonsense was made by no trace."""
+    try:
+        yield
+    except (BadInput, MemoryError):
+        raise
+    except Exception as error:
+        names = " or ".join(f"'{path}'" for path in paths)
+        raise BadInput(
+            f"{names} holds what no trace holds ({type(error).__name__}: {error}); make it again."
+        ) from error
 
 
 class Run:
